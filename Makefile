@@ -1,0 +1,46 @@
+# make venv | test | lint | demo | gpu        PYTHON=python3.12 picks another interpreter
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := dev,preprocess,convert
+
+.PHONY: venv test lint demo gpu gpu-correctness gpu-layer gpu-bench bench clean
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py megatron_gdn/version.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[$(EXTRAS)]'
+	touch $@
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	$(BIN)/python -m pytest tests --ignore tests/gpu
+
+# On a machine with a GPU: make gpu [PART=correctness|layer|bench], each under 9 minutes. It takes the python at hand,
+# which needs torch, Triton, numpy and pytest; what needs Megatron-Core is skipped without it.
+PART ?= correctness layer bench
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+ON_GPU := TRITON_INTERPRET=0 PYTHONPATH=$(CURDIR) timeout -s INT
+
+gpu: $(addprefix gpu-,$(PART))
+
+gpu-correctness:
+	$(ON_GPU) 170 $(GPU_PYTHON) -m tests.gpu.warm
+	$(ON_GPU) 360 $(GPU_PYTHON) -m pytest tests/gpu --ignore tests/gpu/test_layer.py -q
+
+gpu-layer:
+	$(ON_GPU) 530 $(GPU_PYTHON) -m pytest tests/gpu/test_layer.py -q
+
+gpu-bench bench:
+	$(ON_GPU) 530 $(GPU_PYTHON) -m tests.bench.gpu kernels rule operators mixer --save
+
+demo: venv
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

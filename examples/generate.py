@@ -1,0 +1,146 @@
+"""Text from a training checkpoint.
+
+    python examples/generate.py --checkpoint runs/mine --tokenizer tokenizer --prompt "The server" --max-new-tokens 60
+
+Every token runs the whole model over the text so far: right at any length, and meant to look at a model. For serving,
+convert with tools.convert.megatron_to_hf. --temperature 0 takes the most likely token. Ends with 2 for wrong arguments.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_gdn.config import Config, ConfigError, load_config, parse_config
+from megatron_gdn.training.restricted import UnsafeCheckpointError
+from megatron_gdn.training.setup import Launch, choose_device, ignore_host_warnings, init_distributed, shutdown
+from tools.convert.checkpoint import MegatronCheckpoint
+from tools.convert.errors import ConvertError
+from tools.preprocess.encode import load_tokenizer
+from tools.preprocess.readers import ArgumentError
+
+
+def single_process(config: Config, device: str) -> Config:
+    """The run's configuration for one process."""
+    config.run.device = device
+    config.parallel.tensor = config.parallel.pipeline = 1
+    config.parallel.sequence, config.parallel.pipeline_layers = False, None
+    return config
+
+
+def load_model(checkpoint: MegatronCheckpoint, config: Config, device: torch.device) -> torch.nn.Module:
+    """The model with the checkpoint's weights, ready to be evaluated; needs the process group of one process."""
+    from megatron_gdn.hybrid.model import build_model, padded_vocab_size, transformer_config
+    from megatron_gdn.training import torch_dist
+    from megatron_gdn.training.engine import DTYPES
+
+    host = transformer_config(config.model, config.parallel, dtype=DTYPES[config.training.precision])
+    model = build_model(
+        host,
+        config.model,
+        vocab_size=padded_vocab_size(checkpoint.vocab_size, config.model.vocab_multiple),
+        max_sequence_length=config.training.sequence_length,
+        seed=None,
+    ).to(device)
+    model.load_state_dict(torch_dist.read({"model": model.sharded_state_dict()}, checkpoint.path)["model"])
+    return model.eval()
+
+
+@torch.no_grad()
+def generate(
+    model: torch.nn.Module,
+    tokens: Tensor,
+    *,
+    max_new_tokens: int,
+    vocab_size: int,
+    eod_id: int | None,
+    temperature: float,
+    top_k: int,
+    seed: int,
+) -> Tensor:
+    """Continue `[n]` token ids; stops after `eod_id`.
+
+    Args:
+        model: a GPTModel.
+        tokens: of the prompt, at least one.
+        max_new_tokens: most to add.
+        vocab_size: ids to choose from, without padding.
+        eod_id: id that ends a document, or None.
+        temperature: divides the logits; 0 takes the largest.
+        top_k: choose among this many; 0 among all.
+        seed: of the choice.
+    """
+    rng = torch.Generator(tokens.device).manual_seed(seed)
+    for _ in range(max_new_tokens):
+        positions = torch.arange(len(tokens), device=tokens.device)
+        logits = model(tokens[None], positions[None], None)[0, -1, :vocab_size].float()
+        if temperature == 0:
+            choice = logits.argmax()
+        else:
+            values, ids = logits.topk(min(top_k, vocab_size)) if top_k else (logits, None)
+            drawn = torch.multinomial((values / temperature).softmax(-1), 1, generator=rng)[0]
+            choice = drawn if ids is None else ids[drawn]
+        tokens = torch.cat([tokens, choice[None]])
+        if eod_id is not None and int(choice) == eod_id:
+            break
+    return tokens
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; 2 for arguments that cannot work."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="step folder, checkpoints folder, or folder of a run")
+    add("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
+    add("--prompt", required=True, help="text to continue")
+    add("--config", type=Path, help="recipe; default: the configuration in the checkpoint")
+    add("--max-new-tokens", type=int, default=64)
+    add("--temperature", type=float, default=0.8)
+    add("--top-k", type=int, default=40)
+    add("--seed", type=int, default=0)
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    try:
+        tokenizer = load_tokenizer(arguments.tokenizer)
+        ids = tokenizer.encode(arguments.prompt, add_special_tokens=False).ids
+        if not ids:
+            raise ArgumentError(f"--prompt ({arguments.prompt!r}) must hold at least one token: write some text.")
+        if arguments.temperature < 0 or arguments.top_k < 0 or arguments.max_new_tokens < 1:
+            raise ArgumentError("--temperature and --top-k must be at least 0, --max-new-tokens at least 1.")
+        checkpoint = MegatronCheckpoint(arguments.checkpoint)
+        if max(ids) >= checkpoint.vocab_size:
+            raise ArgumentError(
+                f"--tokenizer ({arguments.tokenizer}) has ids up to {max(ids)} and the model {checkpoint.vocab_size}: "
+                "give the one that made its data."
+            )
+        found = load_config(arguments.config) if arguments.config else parse_config(checkpoint.info["config"])
+        config = single_process(found, arguments.device)
+        ignore_host_warnings()
+        device = choose_device(config, Launch(rank=0, world_size=1, local_rank=0))
+    except (ArgumentError, ConfigError, ConvertError, UnsafeCheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    init_distributed(config, Launch(rank=0, world_size=1, local_rank=0), device)
+    try:
+        tokens = generate(
+            load_model(checkpoint, config, device),
+            torch.tensor(ids, device=device),
+            max_new_tokens=arguments.max_new_tokens,
+            vocab_size=checkpoint.vocab_size,
+            eod_id=checkpoint.info["vocabulary"]["eod_id"],
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            seed=arguments.seed,
+        )
+    finally:
+        shutdown()
+    print(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Train a model from a recipe.
+
+torchrun --nproc-per-node 2 examples/pretrain.py --config examples/recipes/demo.yaml [section.field=value ...]
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from megatron_gdn.config import Config, ConfigError, check_world, dump_config, load_config
+from megatron_gdn.training.setup import ignore_host_warnings
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command line of the script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="recipe, YAML")
+    parser.add_argument("--resume", action="store_true", help="continue the run in run.output_dir, if there is one")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the configuration, print its costs, start nothing"
+    )
+    parser.add_argument("--json", action="store_true", help="with --dry-run: print the costs as JSON only")
+    parser.add_argument("--processes", type=int, help="with --dry-run: number of processes; default: one model replica")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="settings that replace the recipe's"
+    )
+    arguments = parser.parse_args()
+    if not arguments.dry_run and (arguments.json or arguments.processes):
+        parser.error("--json and --processes need --dry-run")
+    return arguments
+
+
+def dry_run(config: Config, *, processes: int | None, as_json: bool) -> None:
+    """Print what a run costs; raises ConfigError for a layout or a vocabulary that cannot work."""
+    from megatron_gdn.cost import format_report, model_cost
+
+    data_parallel = check_world(config, processes or config.parallel.tensor * config.parallel.pipeline)
+    vocab_size = config.model.vocab_size
+    if vocab_size is None:
+        manifests = [Path(f"{entry.split()[-1]}.json") for entry in config.data.train]
+        if not all(path.is_file() for path in manifests):
+            raise ConfigError("model.vocab_size (null) must be a number where data.train does not exist yet: set it.")
+        vocab_size = max(json.loads(path.read_text())["vocab_size"] for path in manifests)
+    report = model_cost(config, vocab_size=vocab_size, data_parallel=data_parallel).report()
+    print(json.dumps(report, indent=1) if as_json else f"{dump_config(config)}\n{format_report(report)}")
+
+
+def main() -> int:
+    """Run the script; 0 when training ended or was stopped, 2 for a setting that cannot work."""
+    arguments = parse_arguments()
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format=f"%(asctime)s rank {rank} %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("megatron.core").setLevel(logging.WARNING)
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            dry_run(config, processes=arguments.processes, as_json=arguments.json)
+            return 0
+        ignore_host_warnings()
+        # Megatron-Core takes seconds to import; a wrong configuration has been reported before it.
+        from megatron_gdn.training.checkpoint import CheckpointError
+        from megatron_gdn.training.data import DatasetError
+        from megatron_gdn.training.faults import LockError
+        from megatron_gdn.training.loop import pretrain
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        pretrain(config, resume=arguments.resume)
+    except (ConfigError, DatasetError, CheckpointError, LockError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

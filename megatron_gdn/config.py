@@ -1,0 +1,497 @@
+"""The configuration of a run: one YAML recipe, overrides `section.field=value`, strict.
+
+    config = load_config(Path("examples/recipes/demo.yaml"), ["optimizer.lr=1e-3"])
+
+Each section is a small dataclass that checks its own fields; rules across sections are in `Config`. Nothing here needs
+a GPU, Megatron or a process group, so a wrong value is reported before any of them exists.
+"""
+
+import difflib
+import re
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from megatron_gdn.hybrid.pattern import parse_pattern
+
+_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_COUNT = re.compile(r"([0-9.]+(?:[eE][+-]?\d+)?)\s*([kKMBT]?)")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used: every wrong value with its rule and remedy."""
+
+
+def _parse_count(value: Any) -> Any:
+    if isinstance(value, str) and (match := _COUNT.fullmatch(value.strip())):
+        value = float(match[1]) * _UNITS[match[2]]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_parse_count)]
+"""An integer that may be written 4096, 1e9, 15B or 0.5M."""
+Positive = Annotated[Count, Field(gt=0)]
+NonNegative = Annotated[Count, Field(ge=0)]
+
+_section = dataclass(kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
+
+
+@_section
+class RunConfig:
+    """Where and on what the run happens."""
+
+    output_dir: str
+    """Folder of the run: checkpoints, metrics, resolved configuration."""
+    seed: NonNegative = 1234
+    """Seed of the initial weights and of the order of the samples."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """cpu uses gloo, cuda NCCL; auto takes cuda where a GPU exists."""
+    timeout_s: Positive = 600
+    """Seconds after which a collective operation that does not complete ends the run."""
+
+
+@_section
+class AttentionConfig:
+    """Options of the attention layers of one symbol."""
+
+    window: Positive | None = None
+    """Tokens that a token sees, itself included; None: all before it."""
+    rope: bool = True
+    """Rotate q and k by position; False: no positions (NoPE)."""
+    rotary_percent: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of each head that is rotated."""
+    qk_norm: bool = False
+    """RMSNorm of each q and k head."""
+    output_gate: bool = False
+    """Multiply the output by sigmoid of a gate that is projected beside q (Qwen3-Next)."""
+
+
+@_section
+class ModelConfig:
+    """Shape and initialisation of the model; field names are Megatron-Core's."""
+
+    pattern: str
+    """Mixers and MLPs, see megatron_gdn/hybrid/pattern.py."""
+    hidden_size: Positive
+    """Width of the residual stream."""
+    ffn_hidden_size: Positive
+    """Inner width of the SwiGLU MLP."""
+    linear_num_key_heads: Positive | None = None
+    """Heads of q and k in Gated DeltaNet layers."""
+    linear_num_value_heads: Positive | None = None
+    """Heads of v and z; a multiple of linear_num_key_heads."""
+    linear_key_head_dim: Positive | None = None
+    """K: size of one q or k head."""
+    linear_value_head_dim: Positive | None = None
+    """V: size of one v head."""
+    linear_conv_kernel_dim: Annotated[Count, Field(ge=2, le=4)] = 4
+    """Width of the causal convolution, tokens."""
+    allow_neg_eigval: bool = False
+    """beta in (0, 2): the state transition may have negative eigenvalues (arXiv 2411.12537)."""
+    use_output_gate: bool = True
+    """Multiply the normalised output by silu(z)."""
+    use_qk_l2norm: bool = True
+    """L2-normalise q and k."""
+    use_decay: bool = True
+    """False: no alpha, the state keeps what is not overwritten (DeltaNet, arXiv 2406.06484)."""
+    mamba_num_heads: Positive | None = None
+    """Heads of Mamba2 layers."""
+    mamba_head_dim: Positive = 64
+    """P: size of one Mamba2 head."""
+    mamba_state_dim: Positive = 128
+    """N: size of B and C, rows of a head's state."""
+    mamba_num_groups: Positive = 1
+    """Groups of Mamba2 heads that share B and C."""
+    num_attention_heads: Positive | None = None
+    """Query heads of attention layers."""
+    num_query_groups: Positive | None = None
+    """Key/value heads of attention layers; None: as many as query heads."""
+    kv_channels: Positive | None = None
+    """Size of an attention head; None: hidden_size / num_attention_heads."""
+    rotary_base: Positive = 10000
+    """Base of the rotary embedding of attention layers."""
+    full_attention: AttentionConfig = Field(default_factory=AttentionConfig)
+    """Options of layers `*`."""
+    sliding_attention: AttentionConfig = Field(default_factory=lambda: AttentionConfig(window=2048))
+    """Options of layers `S`."""
+    zero_centered_norm: bool = False
+    """Norms multiply by 1 + weight, and the weight starts at 0."""
+    vocab_size: Positive | None = None
+    """Tokens of the vocabulary; None: as the training data's manifest says."""
+    vocab_multiple: Positive = 128
+    """The embedding has vocab_size rounded up to this, at every tensor-parallel size."""
+    tie_embeddings: bool = False
+    """Use the embedding as the output layer."""
+    norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    """Added to the mean square in every RMSNorm."""
+    initialization: Literal["megatron", "paper"] = "megatron"
+    """megatron: normal with init_method_std, weights that write to the residual stream / sqrt(2 * layers). paper: as in
+    the paper's code, uniform in +-1/sqrt(inputs), those of MLPs, attention and Mamba2 that write to the residual stream
+    / sqrt(2 * layers), those of Gated DeltaNet not; embeddings normal with 0.02."""
+    init_method_std: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of the initial weights of initialization megatron."""
+    kernel_backend: Literal["auto", "torch", "triton", "fla"] = "auto"
+    """Backend of the kernels of Gated DeltaNet and Mamba2; auto: triton on CUDA, torch on a CPU."""
+    attention_backend: Literal["auto", "torch", "te", "flash", "flex"] = "auto"
+    """Who computes attention; auto: te, flash or flex on CUDA, the first that is installed, torch on a CPU."""
+
+    def __post_init__(self):
+        symbols = self.symbols
+        for symbol, names in _NEEDED_FIELDS.items():
+            for name in names:
+                if symbol in symbols and getattr(self, name) is None:
+                    raise ValueError(f"{name} is required by the layers {symbol} of the pattern: set model.{name}.")
+        keys, values = self.linear_num_key_heads, self.linear_num_value_heads
+        if "G" in symbols and values % keys:
+            raise ValueError(
+                f"linear_num_value_heads ({values}) must be divisible by linear_num_key_heads ({keys}): "
+                f"use {keys * max(1, values // keys)} value heads."
+            )
+        if symbols & {"S", "*"}:
+            self._check_attention()
+        if "M" in symbols and self.mamba_num_heads % self.mamba_num_groups:
+            raise ValueError(
+                f"mamba_num_heads ({self.mamba_num_heads}) must be divisible by mamba_num_groups "
+                f"({self.mamba_num_groups}): every group serves the same number of heads."
+            )
+
+    @property
+    def symbols(self) -> set[str]:
+        """Mixers that the pattern names."""
+        return {layer.symbol for layer in parse_pattern(self.pattern)}
+
+    def _check_attention(self) -> None:
+        heads, groups = self.num_attention_heads, self.num_query_groups
+        if self.kv_channels is None and self.hidden_size % heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be divisible by num_attention_heads ({heads}): set kv_channels "
+                "or change the number of heads."
+            )
+        if groups is not None and heads % groups:
+            raise ValueError(
+                f"num_attention_heads ({heads}) must be divisible by num_query_groups ({groups}): every key/value head "
+                "serves the same number of query heads."
+            )
+        if "*" in self.symbols and self.full_attention.window is not None:
+            raise ValueError(
+                f"full_attention.window ({self.full_attention.window}) must be null: layers with a window are S."
+            )
+        if "S" in self.symbols and self.sliding_attention.window is None:
+            raise ValueError("sliding_attention.window (null) must be a number of tokens: full attention is *.")
+
+
+_NEEDED_FIELDS = {
+    "G": ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+    "M": ("mamba_num_heads",),
+    "S": ("num_attention_heads",),
+    "*": ("num_attention_heads",),
+}
+
+
+@_section
+class DataConfig:
+    """Indexed datasets; each entry of a list is a prefix, or "weight prefix" for a blend."""
+
+    train: list[str] = Field(min_length=1)
+    """Prefixes of the .bin/.idx pairs to train on."""
+    validation: list[str] = Field(default_factory=list)
+    """Prefixes to validate on; empty: the split's second part."""
+    split: str | None = None
+    """Shares of train, validation and test documents, such as "95,5,0", when `validation` is empty."""
+    cache_dir: str | None = None
+    """Folder of Megatron's sample indices; None: output_dir/cache."""
+    eod_mask_loss: bool = False
+    """Leave the prediction after an end-of-document token out of the loss."""
+    num_workers: NonNegative = 2
+    """Processes that read ahead; 0 reads in the training process."""
+
+
+@_section
+class ParallelConfig:
+    """The layout; data parallelism takes the processes that are left."""
+
+    tensor: Positive = 1
+    """Tensor-parallel size."""
+    pipeline: Positive = 1
+    """Pipeline-parallel size."""
+    pipeline_layers: list[Positive] | None = None
+    """Layers of each pipeline stage; None: as equal as they can be, the first stages having one more."""
+    sequence: bool = False
+    """Shard the tokens between tensor-parallel regions over the tensor-parallel ranks."""
+    distributed_optimizer: bool = True
+    """Shard optimizer states over data-parallel ranks."""
+    overlap: bool = True
+    """Overlap gradient reduction and parameter gathering with computation."""
+
+    def __post_init__(self):
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence (true) needs tensor > 1: set parallel.sequence=false or parallel.tensor=2.")
+
+
+@_section
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: Annotated[float, Field(gt=0)]
+    """Peak learning rate."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of the decay."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """wsd: warm-up, stable, linear decay over the last decay_tokens."""
+    warmup_tokens: NonNegative = 0
+    """Tokens of linear warm-up from 0."""
+    decay_tokens: NonNegative | None = None
+    """Tokens of wsd's decay; None: the last 10 % of the run."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled decay; norms, A_log, dt_bias and other vectors have none."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+    def __post_init__(self):
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr:g}) must not exceed lr ({self.lr:g}).")
+
+
+@_section
+class TrainingConfig:
+    """Batch, length and precision."""
+
+    sequence_length: Positive
+    """Tokens of a sample."""
+    micro_batch_size: Positive = 1
+    """Samples of one forward pass on one data-parallel rank."""
+    global_batch_size: Positive
+    """Samples of one optimizer step."""
+    train_tokens: Positive
+    """Tokens of the whole run; rounded down to whole steps."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16 keeps fp32 master weights, gradients, A_log and dt_bias."""
+    recompute: Literal["none", "full"] = "none"
+    """full: keep only each layer's input for the backward pass."""
+    validation_interval: Positive | None = None
+    """Steps between validations; None: only at the end."""
+    validation_samples: NonNegative = 0
+    """Samples of one validation; 0 turns validation off."""
+    exit_after_steps: Positive | None = None
+    """Save and stop after this step of the schedule, to be resumed."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.global_batch_size * self.sequence_length
+
+    @property
+    def train_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.train_tokens // self.tokens_per_step
+
+    def __post_init__(self):
+        if self.train_steps == 0:
+            raise ValueError(
+                f"train_tokens ({self.train_tokens}) must hold one step of {self.tokens_per_step} tokens: "
+                "raise it or lower global_batch_size."
+            )
+
+
+@_section
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    interval: Positive | None = None
+    """Steps between checkpoints; None: only at the end and on SIGTERM."""
+    keep: Positive | None = None
+    """Newest checkpoints that stay; None keeps all."""
+    initial_weights: str | None = None
+    """Folder of checkpoints whose newest gives a new run its weights, such as tools.convert.hf_to_megatron writes."""
+
+
+@_section
+class LoggingConfig:
+    """What is reported, and how often."""
+
+    interval: Positive = 1
+    """Steps between rows of metrics."""
+    health_interval: Positive | None = 100
+    """Steps between samples of each layer's gates, states and attention; null: never."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+
+
+@_section
+class Config:
+    """A run."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+
+    def __post_init__(self):
+        model, parallel, training = self.model, self.parallel, self.training
+        heads = {"ffn_hidden_size": model.ffn_hidden_size}
+        if model.symbols & {"S", "*"}:
+            heads["num_attention_heads"] = model.num_attention_heads
+            heads["num_query_groups"] = model.num_query_groups or model.num_attention_heads
+        for name, value in heads.items():
+            if value % parallel.tensor:
+                raise ValueError(
+                    f"model.{name} ({value}) must be divisible by parallel.tensor ({parallel.tensor}): "
+                    f"use {-(-value // parallel.tensor) * parallel.tensor} or a smaller parallel.tensor."
+                )
+        if model.vocab_multiple % parallel.tensor:
+            raise ValueError(
+                f"model.vocab_multiple ({model.vocab_multiple}) must be divisible by parallel.tensor "
+                f"({parallel.tensor}): use {model.vocab_multiple * parallel.tensor}."
+            )
+        if parallel.sequence and training.sequence_length % parallel.tensor:
+            raise ValueError(
+                f"training.sequence_length ({training.sequence_length}) must be divisible by parallel.tensor "
+                f"({parallel.tensor}) with parallel.sequence: use a multiple or turn parallel.sequence off."
+            )
+        stages, num_layers = parallel.pipeline_layers, len(parse_pattern(model.pattern))
+        if stages is not None and (len(stages) != parallel.pipeline or sum(stages) != num_layers):
+            raise ValueError(
+                f"parallel.pipeline_layers ({stages}) must be {parallel.pipeline} numbers with the sum {num_layers}: "
+                "one per pipeline stage, all layers of the pattern together."
+            )
+        if num_layers < parallel.pipeline:
+            raise ValueError(
+                f"model.pattern has {num_layers} layers and parallel.pipeline ({parallel.pipeline}) needs one per "
+                "stage: use fewer stages."
+            )
+        if self.optimizer.warmup_tokens >= training.train_steps * training.tokens_per_step:
+            raise ValueError(
+                f"optimizer.warmup_tokens ({self.optimizer.warmup_tokens}) must be below the tokens of the run "
+                f"({training.train_steps * training.tokens_per_step}): warm up for less, or train on more."
+            )
+        wants_validation = training.validation_samples > 0
+        if wants_validation and not self.data.validation and not self.data.split:
+            raise ValueError(
+                "data.validation and data.split are empty, but training.validation_samples "
+                f"({training.validation_samples}) needs one: set data.split, such as '95,5,0'."
+            )
+
+
+def check_world(config: Config, world_size: int) -> int:
+    """Check the layout against the number of processes.
+
+    Args:
+        config: the run.
+        world_size: processes.
+
+    Returns:
+        The data-parallel size.
+
+    Raises:
+        ConfigError: the layout needs more processes or does not divide them, or the batch does not divide.
+    """
+    parallel, training = config.parallel, config.training
+    model_parallel = parallel.tensor * parallel.pipeline
+    if world_size % model_parallel:
+        raise ConfigError(
+            f"parallel.tensor ({parallel.tensor}) x parallel.pipeline ({parallel.pipeline}) = {model_parallel} must "
+            f"divide the number of processes ({world_size}): start {model_parallel} or a multiple "
+            f"(torchrun --nproc-per-node {model_parallel} ...)."
+        )
+    data_parallel = world_size // model_parallel
+    per_step = data_parallel * training.micro_batch_size
+    if training.global_batch_size % per_step:
+        raise ConfigError(
+            f"training.global_batch_size ({training.global_batch_size}) must be divisible by micro_batch_size "
+            f"({training.micro_batch_size}) x data-parallel size ({data_parallel}) = {per_step}: "
+            f"use {-(-training.global_batch_size // per_step) * per_step}."
+        )
+    return data_parallel
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read a recipe and apply overrides.
+
+    Args:
+        path: a YAML file with the sections of `Config`.
+        overrides: `section.field=value`, the value in YAML.
+
+    Raises:
+        ConfigError: no such file, broken YAML, an unknown key, a value that breaks a rule; all of them at once.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"--config ({path}) cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config ({path}) is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config ({path}) must hold sections such as 'model:' and 'training:'.")
+    for override in overrides or []:
+        _apply_override(values, override)
+    return parse_config(values)
+
+
+def parse_config(values: dict) -> Config:
+    """A Config from nested dictionaries, see `load_config`."""
+    try:
+        return TypeAdapter(Config).validate_python(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; `load_config` of it gives the same run."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+def _apply_override(values: dict, override: str) -> None:
+    key, separator, text = override.partition("=")
+    *path, field = key.split(".")
+    if not (separator and path and all(path) and field):
+        raise ConfigError(f"override ({override!r}) must be section.field=value, such as optimizer.lr=1e-3.")
+    for section in path:
+        values[section] = values.get(section) or {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise ConfigError(f"override ({override!r}) names a part of {section}, which has none: see the recipe.")
+    try:
+        # A pattern may start with "*", which YAML would read as an alias.
+        values[field] = text if text.startswith("*") else yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override ({override!r}) has a value that is not YAML: {error}") from error
+
+
+def _explain(error: dict) -> str:
+    """One line for one of pydantic's errors: value, rule, and for an unknown key the near ones."""
+    location = [str(part) for part in error["loc"]]
+    name = ".".join(location) or "configuration"
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=3, cutoff=0.5) or known
+        prefix = ".".join(location[:-1])
+        names = ", ".join(f"{prefix}.{key}" if prefix else key for key in near)
+        return f"{name} is not a known key: did you mean {names}?"
+    if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{name} is required: set it in the recipe or as {name}=VALUE."
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message if not location else f"{name}: {message}"
+    return f"{name} ({error['input']!r}): {message[0].lower()}{message[1:]}."
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    known: Any = Config
+    for part in location:
+        known = next((field.type for field in fields(known) if field.name == part), None)
+        if not is_dataclass(known):
+            return []
+    return [field.name for field in fields(known)]

@@ -1,0 +1,442 @@
+"""What a run costs before it starts: parameters, FLOPs, memory and communication, term by term.
+
+Model FLOPs count the mathematics: multiplications of weights, of the recurrent state token by token, and of the pairs
+of tokens that an attention layer sees, its window included; MFU uses them. Executed FLOPs count what the chunked
+kernels multiply. Memory and communication are of one rank and estimates of what training keeps and sends, not of
+allocators.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_gdn.config import Config, ModelConfig
+from megatron_gdn.hybrid.pattern import parse_pattern
+from megatron_gdn.kernels.varlen import CHUNK_SIZE
+from megatron_gdn.sections import gated_delta_net_sections, local_sizes, mamba2_sections
+
+BYTES = {"fp32": 4, "bf16": 2}
+# Dense bf16 on tensor cores, FLOP/s, from NVIDIA's data sheets; a part of the device's name tells which.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "GB200": 2500e12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """Terms of one part of the model. "Per token" is per token of a sequence of the run's length.
+
+    name: what it is.
+    parameters: of the whole model.
+    rank_parameters: that one tensor-parallel rank holds, ghost heads included.
+    flops: model FLOPs per token of the forward pass; the backward pass has twice as many.
+    executed_flops: multiplications and additions of matrix products per token, forward and backward.
+    activation_bytes: kept for the backward pass, per token on one rank.
+    state_bytes: recurrent state or key-value cache of one sequence on all ranks, as decoding keeps it.
+    column_linears, row_linears: linear layers with a tensor-parallel exchange of the hidden states before, after.
+    """
+
+    name: str
+    parameters: int
+    rank_parameters: int
+    flops: float
+    executed_flops: float
+    activation_bytes: float
+    state_bytes: float = 0.0
+    column_linears: int = 0
+    row_linears: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """What every term needs: the model, tokens per sequence, tensor-parallel size, bytes of an element."""
+
+    model: ModelConfig
+    sequence_length: int
+    tensor: int
+    sequence_parallel: bool
+    element: int
+
+    @property
+    def hidden(self) -> int:
+        return self.model.hidden_size
+
+    @property
+    def hidden_bytes(self) -> float:
+        """Bytes of a token's hidden state between layers, on one rank."""
+        return self.hidden * self.element / (self.tensor if self.sequence_parallel else 1)
+
+    @property
+    def input_bytes(self) -> float:
+        """What a norm and the linear layer after it keep: their inputs. Megatron gathers the latter again."""
+        return 2 * self.hidden_bytes
+
+
+def gated_delta_net_cost(sizes: _Sizes) -> LayerCost:
+    """A Gated DeltaNet mixer with the norm before it."""
+    model, tp = sizes.model, sizes.tensor
+    H, HV = model.linear_num_key_heads, model.linear_num_value_heads
+    K, V, width, h = model.linear_key_head_dim, model.linear_value_head_dim, model.linear_conv_kernel_dim, sizes.hidden
+    sections = gated_delta_net_sections(
+        num_key_heads=H,
+        num_value_heads=HV,
+        key_head_dim=K,
+        value_head_dim=V,
+        output_gate=model.use_output_gate,
+        decay=model.use_decay,
+    )
+    columns = {"in_proj": h, "in_proj_ba": h, "conv1d": width, "A_log": 1, "dt_bias": 1, "out_proj": h}
+    rows = {name: sum(section.num_rows for section in parts) for name, parts in sections.items()}
+    local = {name: sum(local_sizes(parts, tp)) for name, parts in sections.items()}
+    linear = sum(rows[name] * h for name in ("in_proj", "in_proj_ba", "out_proj"))
+    local_heads = local["out_proj"] // V
+    # Per value head: S read for the error and the output, the update, its decay, each 2 K V; kernels/README.md counts
+    # the products of the chunked form.
+    chunked = 18 * K * V + CHUNK_SIZE * (16 * K + 12 * V)
+    # mixed as the convolution's input and z; its output; o; the input of out_proj; T, and g, beta, G in float32.
+    kept = local["in_proj"] + local["conv1d"] + 2 * local["out_proj"] + local_heads * CHUNK_SIZE
+    return LayerCost(
+        name="Gated DeltaNet",
+        parameters=h + V + sum(rows[name] * columns[name] for name in rows),
+        rank_parameters=h + V + sum(local[name] * columns[name] for name in local),
+        flops=2 * linear + 8 * HV * K * V,
+        executed_flops=6 * linear + HV * chunked,
+        activation_bytes=sizes.input_bytes + kept * sizes.element + local_heads * 3 * 4,
+        state_bytes=4 * (HV * K * V) + sizes.element * rows["conv1d"] * (width - 1),
+        column_linears=2,
+        row_linears=1,
+    )
+
+
+def mamba2_cost(sizes: _Sizes) -> LayerCost:
+    """A Mamba2 mixer with the norm before it."""
+    model, tp, h = sizes.model, sizes.tensor, sizes.hidden
+    heads, P, N, groups = model.mamba_num_heads, model.mamba_head_dim, model.mamba_state_dim, model.mamba_num_groups
+    inner, width = heads * P, model.linear_conv_kernel_dim
+    sections = mamba2_sections(num_heads=heads, head_dim=P, num_groups=groups, state_dim=N)
+    columns = {"in_proj": h, "in_proj_dt": h, "conv1d": width + 1, "norm": 1, "out_proj": h}
+    columns |= {name: 1 for name in ("A_log", "dt_bias", "D")}
+    rows = {name: sum(section.num_rows for section in parts) for name, parts in sections.items()}
+    local = {name: sum(local_sizes(parts, tp)) for name, parts in sections.items()}
+    linear = sum(rows[name] * h for name in ("in_proj", "in_proj_dt", "out_proj"))
+    # mixed as the convolution's input and z; its output; y; the norm's output; dt, its sums and the norm in float32.
+    kept = local["in_proj"] + local["conv1d"] + 2 * local["out_proj"]
+    # C B^T of a group forward, again and twice backward; its product with x once and twice; products with the state
+    # twice and five times.
+    chunked = 4 * 2 * CHUNK_SIZE * groups * N + inner * (3 * 2 * CHUNK_SIZE + 7 * 2 * N)
+    return LayerCost(
+        name="Mamba2",
+        parameters=h + sum(rows[name] * columns[name] for name in rows),
+        rank_parameters=h + sum(local[name] * columns[name] for name in local),
+        flops=2 * linear + 6 * inner * N,
+        executed_flops=6 * linear + chunked,
+        activation_bytes=sizes.input_bytes + kept * sizes.element + local["A_log"] * 3 * 4,
+        state_bytes=4 * inner * N + sizes.element * rows["conv1d"] * (width - 1),
+        column_linears=2,
+        row_linears=1,
+    )
+
+
+def mean_context(sequence_length: int, window: int | None) -> float:
+    """Tokens that a token sees on average, itself included, in a sequence from its start.
+
+    Args:
+        sequence_length: tokens.
+        window: most that it sees; None: all before it.
+    """
+    window = min(window or sequence_length, sequence_length)
+    return (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
+
+
+def attention_cost(sizes: _Sizes, *, sliding: bool) -> LayerCost:
+    """An attention mixer with the norm before it; executed FLOPs count no pair outside the window."""
+    model, tp, h = sizes.model, sizes.tensor, sizes.hidden
+    options = model.sliding_attention if sliding else model.full_attention
+    heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
+    size = model.kv_channels or h // heads
+    queries = heads * size * (2 if options.output_gate else 1)
+    rows = queries + 2 * groups * size
+    linear = h * rows + heads * size * h
+    context = mean_context(sizes.sequence_length, options.window)
+    norms = 2 * size if options.qk_norm else 0
+    kept = rows * (2 if options.qk_norm else 1) + 2 * heads * size
+    cached = min(options.window or sizes.sequence_length, sizes.sequence_length)
+    return LayerCost(
+        name="sliding-window attention" if sliding else "full attention",
+        parameters=h + linear + norms,
+        rank_parameters=h + linear // tp + norms,
+        flops=2 * linear + 4 * heads * size * context,
+        # The backward pass multiplies scores once more, and four products instead of two.
+        executed_flops=6 * linear + 14 * heads * size * context,
+        activation_bytes=sizes.input_bytes + kept * sizes.element / tp + heads / tp * 4,
+        state_bytes=2 * groups * size * cached * sizes.element,
+        column_linears=1,
+        row_linears=1,
+    )
+
+
+def mlp_cost(sizes: _Sizes) -> LayerCost:
+    """A SwiGLU MLP with the norm before it."""
+    h, inner, tp = sizes.hidden, sizes.model.ffn_hidden_size, sizes.tensor
+    return LayerCost(
+        name="MLP",
+        parameters=h + 3 * h * inner,
+        rank_parameters=h + 3 * h * inner // tp,
+        flops=6 * h * inner,
+        executed_flops=18 * h * inner,
+        activation_bytes=sizes.input_bytes + 3 * inner * sizes.element / tp,
+        column_linears=1,
+        row_linears=1,
+    )
+
+
+def embedding_cost(sizes: _Sizes, vocab_size: int) -> LayerCost:
+    """The embedding; a lookup has no FLOPs."""
+    parameters = vocab_size * sizes.hidden
+    return LayerCost(
+        name="embedding",
+        parameters=parameters,
+        rank_parameters=parameters // sizes.tensor,
+        flops=0.0,
+        executed_flops=0.0,
+        activation_bytes=8,
+        row_linears=1,
+    )
+
+
+def output_cost(sizes: _Sizes, vocab_size: int) -> LayerCost:
+    """The final norm, the output layer and the loss; a tied output layer has no parameters of its own."""
+    h, tp = sizes.hidden, sizes.tensor
+    weights = 0 if sizes.model.tie_embeddings else vocab_size * h
+    return LayerCost(
+        name="output",
+        parameters=h + weights,
+        rank_parameters=h + weights // tp,
+        flops=2 * vocab_size * h,
+        executed_flops=6 * vocab_size * h,
+        # Logits and their softmax in float32.
+        activation_bytes=sizes.input_bytes + vocab_size / tp * (sizes.element + 4),
+        column_linears=1,
+    )
+
+
+_MIXERS: dict[str, Callable[[_Sizes], LayerCost]] = {
+    "G": gated_delta_net_cost,
+    "M": mamba2_cost,
+    "S": lambda sizes: attention_cost(sizes, sliding=True),
+    "*": lambda sizes: attention_cost(sizes, sliding=False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCost:
+    """Costs of a run.
+
+    config: of the run.
+    data_parallel: number of model replicas.
+    vocab_size: rows of the embedding, padding included.
+    stages: terms of each pipeline stage, in order.
+    """
+
+    config: Config
+    data_parallel: int
+    vocab_size: int
+    stages: list[list[LayerCost]]
+
+    @property
+    def layers(self) -> list[LayerCost]:
+        """Terms of all stages."""
+        return [layer for stage in self.stages for layer in stage]
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def parameters_without_embeddings(self) -> int:
+        """Without the embedding and the output layer."""
+        tied = self.config.model.tie_embeddings
+        return self.parameters - (1 if tied else 2) * self.vocab_size * self.config.model.hidden_size
+
+    @property
+    def flops_per_token(self) -> float:
+        """Model FLOPs of a training step, forward and backward, per token."""
+        return 3 * sum(layer.flops for layer in self.layers)
+
+    @property
+    def executed_flops_per_token(self) -> float:
+        """FLOPs of the matrix products of a training step without recomputation, per token."""
+        return sum(layer.executed_flops for layer in self.layers)
+
+    def memory_bytes(self, stage: int) -> dict[str, float]:
+        """Bytes on a rank of a pipeline stage: weights, gradients, optimizer states, activations."""
+        parallel, training = self.config.parallel, self.config.training
+        layers, element = self.stages[stage], BYTES[training.precision]
+        parameters = sum(layer.rank_parameters for layer in layers)
+        if parallel.pipeline > 1 and self.config.model.tie_embeddings and stage == parallel.pipeline - 1:
+            # The last stage has a copy of the embedding.
+            parameters += self.vocab_size * self.config.model.hidden_size // parallel.tensor
+        # Adam's two moments, and under bf16 the master weights.
+        per_parameter = 12 if training.precision == "bf16" else 8
+        shards = self.data_parallel if parallel.distributed_optimizer else 1
+        # 1F1B keeps one micro-batch more on each stage before it.
+        in_flight = min(parallel.pipeline - stage, self._num_microbatches)
+        tokens = training.micro_batch_size * training.sequence_length
+        activations = [layer.activation_bytes for layer in layers]
+        if training.recompute == "full":
+            kept = self._sizes.hidden_bytes * len(layers)
+            activation_bytes = tokens * (in_flight * kept + max(activations))
+        else:
+            activation_bytes = tokens * in_flight * sum(activations)
+        return {
+            "weights": parameters * element,
+            "gradients": parameters * 4,
+            "optimizer": parameters * per_parameter / shards,
+            "activations": activation_bytes,
+        }
+
+    def communication_bytes(self, stage: int) -> dict[str, float]:
+        """Bytes that a rank of a pipeline stage sends per optimizer step, with ring algorithms."""
+        parallel, training = self.config.parallel, self.config.training
+        layers, hidden = self.stages[stage], self.config.model.hidden_size
+        element, tp, dp = BYTES[training.precision], parallel.tensor, self.data_parallel
+        tokens = training.tokens_per_step // dp
+        whole = tokens * hidden * element
+        columns, rows = (sum(getattr(layer, name) for layer in layers) for name in ("column_linears", "row_linears"))
+        if parallel.sequence:
+            # Gather before a column-parallel layer, again for its weight's gradient, scatter its input's gradient;
+            # scatter after a row-parallel layer, gather its output's gradient.
+            tensor = (3 * columns + 2 * rows) * whole * (tp - 1) / tp
+        else:
+            # A sum of its input's gradient for a column-parallel layer, of its output for a row-parallel one.
+            tensor = (columns + rows) * whole * 2 * (tp - 1) / tp
+        parameters = sum(layer.rank_parameters for layer in layers)
+        if parallel.distributed_optimizer:
+            # Scatter the gradients in float32, gather the weights.
+            data = parameters * (4 + element) * (dp - 1) / dp
+        else:
+            data = parameters * 4 * 2 * (dp - 1) / dp
+        boundaries = (stage > 0) + (stage < parallel.pipeline - 1)
+        between = whole / (tp if parallel.sequence else 1)
+        return {"tensor": tensor, "data": data, "pipeline": boundaries * between}
+
+    def report(self) -> dict:
+        """All of it, for `--dry-run --json`; memory and communication are those of the stage that has most."""
+        parallel, training = self.config.parallel, self.config.training
+        stages = range(parallel.pipeline)
+        memory = max((self.memory_bytes(stage) for stage in stages), key=lambda terms: sum(terms.values()))
+        sent = max((self.communication_bytes(stage) for stage in stages), key=lambda terms: sum(terms.values()))
+        kinds = {layer.name: layer for layer in self.layers}
+        return {
+            "parameters": self.parameters,
+            "parameters_without_embeddings": self.parameters_without_embeddings,
+            "flops_per_token": self.flops_per_token,
+            "executed_flops_per_token": self.executed_flops_per_token,
+            "state_bytes_per_sequence": sum(layer.state_bytes for layer in self.layers),
+            "memory_bytes_per_rank": memory | {"sum": sum(memory.values())},
+            "communication_bytes_per_step_and_rank": sent | {"sum": sum(sent.values())},
+            "layout": {
+                "processes": parallel.tensor * parallel.pipeline * self.data_parallel,
+                "tensor": parallel.tensor,
+                "pipeline": parallel.pipeline,
+                "data": self.data_parallel,
+                "sequence": parallel.sequence,
+                "micro_batches": self._num_microbatches,
+                "layers_per_stage": stage_sizes(self.config),
+            },
+            "training": {
+                "tokens_per_step": training.tokens_per_step,
+                "steps": training.train_steps,
+                "flops": self.flops_per_token * training.train_steps * training.tokens_per_step,
+            },
+            "layers": {
+                name: {
+                    "count": sum(other.name == name for other in self.layers),
+                    "parameters": layer.parameters,
+                    "flops_per_token": 3 * layer.flops,
+                    "activation_bytes_per_token_and_rank": layer.activation_bytes,
+                    "state_bytes_per_sequence": layer.state_bytes,
+                }
+                for name, layer in kinds.items()
+            },
+        }
+
+    @property
+    def _num_microbatches(self) -> int:
+        training = self.config.training
+        return training.global_batch_size // (training.micro_batch_size * self.data_parallel)
+
+    @property
+    def _sizes(self) -> _Sizes:
+        return _sizes(self.config)
+
+
+def format_report(report: dict) -> str:
+    """The report of a run as lines for a terminal."""
+    layout, memory = report["layout"], report["memory_bytes_per_rank"]
+    sent, training = report["communication_bytes_per_step_and_rank"], report["training"]
+    kinds = ", ".join(f"{terms['count']} {name}" for name, terms in report["layers"].items())
+    terms = {
+        "parameters": f"{report['parameters']:,}, {report['parameters_without_embeddings']:,} without embeddings",
+        "parts": kinds,
+        "FLOPs per token": f"{report['flops_per_token'] / 1e9:.2f} G (model), "
+        f"{report['executed_flops_per_token'] / 1e9:.2f} G (executed)",
+        "whole run": f"{training['steps']:,} steps of {training['tokens_per_step']:,} tokens, "
+        f"{training['flops']:.3g} model FLOPs",
+        "layout": f"{layout['processes']} processes: tensor {layout['tensor']}, pipeline {layout['pipeline']} "
+        f"(layers {layout['layers_per_stage']}), data {layout['data']}, {layout['micro_batches']} micro-batches",
+        "memory per rank": ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items()) + " GiB",
+        "sent per step": ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sent.items()) + " GiB per rank",
+        "state": f"{report['state_bytes_per_sequence'] / 2**20:.2f} MiB per sequence when decoding",
+    }
+    return "\n".join(f"{name:<16} {text}" for name, text in terms.items())
+
+
+def stage_sizes(config: Config) -> list[int]:
+    """Layers of each pipeline stage."""
+    stages, num_layers = config.parallel.pipeline, len(parse_pattern(config.model.pattern))
+    return config.parallel.pipeline_layers or [len(range(stage, num_layers, stages)) for stage in range(stages)]
+
+
+def model_cost(config: Config, *, vocab_size: int, data_parallel: int = 1) -> ModelCost:
+    """Costs of a run.
+
+    Args:
+        config: the run.
+        vocab_size: tokens of the vocabulary, before padding.
+        data_parallel: number of model replicas.
+    """
+    sizes = _sizes(config)
+    multiple = config.model.vocab_multiple
+    padded = math.ceil(vocab_size / multiple) * multiple
+    layers = parse_pattern(config.model.pattern)
+    stages: list[list[LayerCost]] = []
+    for size in stage_sizes(config):
+        start = sum(_num_mixers(stage) for stage in stages)
+        stages.append([])
+        for layer in layers[start : start + size]:
+            stages[-1].append(_MIXERS[layer.symbol](sizes))
+            if layer.mlp:
+                stages[-1].append(mlp_cost(sizes))
+    stages[0].insert(0, embedding_cost(sizes, padded))
+    stages[-1].append(output_cost(sizes, padded))
+    return ModelCost(config=config, data_parallel=data_parallel, vocab_size=padded, stages=stages)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a device such as "NVIDIA H100 80GB HBM3"; None for one that `PEAK_FLOPS` does not know."""
+    found = [name for name in PEAK_FLOPS if name in device_name]
+    return PEAK_FLOPS[max(found, key=len)] if found else None
+
+
+def _num_mixers(layers: Sequence[LayerCost]) -> int:
+    return sum(layer.name not in ("MLP", "embedding", "output") for layer in layers)
+
+
+def _sizes(config: Config) -> _Sizes:
+    return _Sizes(
+        model=config.model,
+        sequence_length=config.training.sequence_length,
+        tensor=config.parallel.tensor,
+        sequence_parallel=config.parallel.sequence,
+        element=BYTES[config.training.precision],
+    )

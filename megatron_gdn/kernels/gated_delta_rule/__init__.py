@@ -1,0 +1,1 @@
+"""The gated delta rule: reference, chunked computation, gate, public functions."""

@@ -1,0 +1,261 @@
+"""First stage of the chunked rule: gates, factors of the L2 norm, and T = (I + A)^-1 of every chunk.
+
+    G_i = g_1 + .. + g_i        A_ij = beta_i exp(G_i - G_j) k_i . k_j for i > j        T = (I + A)^-1
+
+With an L2 norm of q and k the rows are not rewritten: each is a number times the row as it came, and these numbers, rq
+and rk, go where the products are. So products are of the inputs' own bits.
+
+T comes from forward substitution in float32 on the diagonal blocks of 16 rows, all blocks and sequences of columns at
+once, and two rounds of X <- X - X L X, which join neighbouring blocks by what lies between them. Sums of powers of A
+would need only multiplications, but with like keys their terms reach 1e10 before they cancel.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_gdn.kernels.triton_support.configs import architecture, config
+from megatron_gdn.kernels.triton_support.language import LOG2_E, dot, store
+from megatron_gdn.kernels.triton_support.offline import Case
+from megatron_gdn.kernels.varlen import CHUNK_SIZE, ChunkTable
+
+# Smallest log2 of a step's decay. What is left of a state after 2^-80 is lost beside anything written since, and sums
+# of larger numbers would round away the small differences within a chunk: D is exp2 of a difference of two sums.
+_SMALLEST_LOG2 = tl.constexpr(-80.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """What all stages read of the gates and keys; NC chunks of C = 64 rows, padded at the end of a sequence.
+
+    G: `[NC, HV, C]` float32, log2 of the decay since the chunk's start; padded rows repeat the last value.
+    T: `[NC, HV, C, C]` in k's dtype, (I + A)^-1; the identity in padded rows and columns.
+    rq, rk: `[NC, H, C]` float32, what normalises the rows of q and k; None without L2 norm. Padded rows: eps^-1/2.
+    """
+
+    G: Tensor
+    T: Tensor
+    rq: Tensor | None
+    rk: Tensor | None
+
+
+@triton.jit
+def columns(o, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Mask of the BLOCK offsets o that lie below SIZE; no code at all where blocks fit."""
+    if SIZE % BLOCK == 0:
+        return tl.full([BLOCK], 1, tl.int1)
+    else:
+        return o < SIZE
+
+
+@triton.jit
+def inverse(b_A, C: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + A)^-1 of A `[C, C]` float32 with zeros on and above the diagonal; PRECISION of the merges."""
+    SIZE: tl.constexpr = 16
+    NUM: tl.constexpr = C // SIZE
+    o_c, o_n, o_s = tl.arange(0, C), tl.arange(0, NUM), tl.arange(0, SIZE)
+    m_diagonal = o_c[:, None] // SIZE == o_c[None, :] // SIZE
+    # [NUM, SIZE, SIZE], the blocks on the diagonal
+    b_blocks = tl.sum(tl.reshape(tl.where(m_diagonal, b_A, 0.0), [NUM, SIZE, NUM, SIZE]), 2)
+    b_X = tl.where(o_s[:, None] == o_s[None, :], 1.0, 0.0)[None, :, :] + tl.zeros([NUM, SIZE, SIZE], tl.float32)
+    for i in range(1, SIZE):
+        m_row = (o_s == i)[None, :, None]
+        b_row = tl.sum(tl.where(m_row, b_blocks, 0.0), 1)  # [NUM, SIZE], 0 from i on
+        b_known = tl.sum(b_row[:, :, None] * b_X, 1)
+        b_X = tl.where(m_row, b_X - b_known[:, None, :], b_X)
+    m_own = o_n[:, None, None, None] == o_n[None, None, :, None]
+    b_T = tl.reshape(tl.where(m_own, b_X[:, :, None, :], 0.0), [C, C])
+    for level in tl.static_range(2):
+        o_b = o_c // (SIZE << level)
+        m_between = (o_b[:, None] % 2 == 1) & (o_b[None, :] == o_b[:, None] - 1)
+        b_between = tl.where(m_between, b_A, 0.0)
+        b_T -= dot(dot(b_T, b_between, tl.float32, PRECISION), b_T, tl.float32, PRECISION)
+    return b_T
+
+
+@triton.jit
+def row_factors(p_x, m_c, o_k, eps, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
+    """1 / sqrt(sum of squares + eps) of C rows; p_x: `[C, BK]` pointers to their first columns."""
+    b_sum = tl.zeros([C], tl.float32)
+    for i_k in range(0, K, BK):
+        mask = m_c[:, None] & columns(i_k + o_k, K, BK)[None, :]
+        b_x = tl.load(p_x + i_k, mask=mask, other=0.0).to(tl.float32)
+        b_sum += tl.sum(b_x * b_x, 1)
+    return tl.rsqrt(b_sum + eps)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def prepare_kernel(
+    q,
+    k,
+    g,
+    beta,
+    G,
+    T,
+    rq,
+    rk,
+    chunk_bounds,
+    num_tokens,
+    eps,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_gb,
+    stride_gt,
+    stride_gh,
+    stride_bb,
+    stride_bt,
+    stride_bh,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    L2NORM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One program per chunk and value head; the first value head of a group also writes rq and rk."""
+    DTYPE: tl.constexpr = k.dtype.element_ty
+    i = tl.program_id(0).to(tl.int64)
+    i_c, i_h = i // HV, i % HV
+    i_hk = i_h // (HV // H)
+    start, end = tl.load(chunk_bounds + 2 * i_c), tl.load(chunk_bounds + 2 * i_c + 1)
+    i_b, i_t = (start // num_tokens).to(tl.int64), (start % num_tokens).to(tl.int64)
+    o_c, o_k = tl.arange(0, C), tl.arange(0, BK)
+    m_c = o_c < end - start
+
+    p_g = g + i_b * stride_gb + i_t * stride_gt + i_h * stride_gh
+    b_g = tl.load(p_g + o_c * stride_gt, mask=m_c, other=0.0).to(tl.float32) * LOG2_E
+    b_g = tl.where(b_g < _SMALLEST_LOG2, _SMALLEST_LOG2, b_g)
+    # In float64 each sum is rounded once, so that the difference of two is off by one rounding and not by their number.
+    b_G = tl.cumsum(b_g.to(tl.float64), 0).to(tl.float32)
+    tl.store(G + i * C + o_c, b_G)
+
+    p_k = k + i_b * stride_kb + i_t * stride_kt + i_hk * stride_kh + o_c[:, None] * stride_kt + o_k[None, :]
+    b_A = tl.zeros([C, C], tl.float32)
+    b_sum = tl.zeros([C], tl.float32)
+    for i_k in range(0, K, BK):
+        mask = m_c[:, None] & columns(i_k + o_k, K, BK)[None, :]
+        b_k = tl.load(p_k + i_k, mask=mask, other=0.0)
+        b_A += dot(b_k, tl.trans(b_k), DTYPE)
+        if L2NORM:
+            b_wide = b_k.to(tl.float32)
+            b_sum += tl.sum(b_wide * b_wide, 1)
+    if L2NORM:
+        b_rk = tl.rsqrt(b_sum + eps)
+        b_A *= b_rk[:, None] * b_rk[None, :]
+        if i_h % (HV // H) == 0:
+            p_r = (i_c * H + i_hk) * C + o_c
+            tl.store(rk + p_r, b_rk)
+            p_q = q + i_b * stride_qb + i_t * stride_qt + i_hk * stride_qh + o_c[:, None] * stride_qt + o_k[None, :]
+            tl.store(rq + p_r, row_factors(p_q, m_c, o_k, eps, C, K, BK))
+
+    p_beta = beta + i_b * stride_bb + i_t * stride_bt + i_h * stride_bh
+    b_beta = tl.load(p_beta + o_c * stride_bt, mask=m_c, other=0.0).to(tl.float32)
+    m_lower = (o_c[:, None] > o_c[None, :]) & m_c[:, None] & m_c[None, :]
+    b_A *= b_beta[:, None] * tl.exp2(tl.where(m_lower, b_G[:, None] - b_G[None, :], float("-inf")))
+    store(T + i * C * C + o_c[:, None] * C + o_c[None, :], inverse(b_A, C, PRECISION))
+
+
+def config_name(kernel: str, dtype: torch.dtype) -> str:
+    """Row of the table of configurations: float32 tiles are twice as large as those of 16 bits."""
+    return f"{kernel} float32" if dtype == torch.float32 else kernel
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    table: ChunkTable,
+    l2norm_eps: float | None,
+    negative_eigenvalues: bool,
+) -> Prepared:
+    """Gates, factors of the norm and T of all chunks.
+
+    Args:
+        q, k: `[B, T, H, K]` float32, float16 or bfloat16, any strides but 1 for K.
+        g, beta: `[B, T, HV]`, any float dtype and strides; g natural log.
+        table: of the batch.
+        l2norm_eps: added to the sums of squares of q and k; None: they are used as they are.
+        negative_eigenvalues: beta may exceed 1; the blocks of T are joined with more digits.
+    """
+    num_chunks, HV, (B, num_tokens, H, K) = table.num_chunks, g.shape[2], k.shape
+    G = g.new_empty(num_chunks, HV, CHUNK_SIZE, dtype=torch.float32)
+    T = k.new_empty(num_chunks, HV, CHUNK_SIZE, CHUNK_SIZE)
+    rq = rk = None
+    if l2norm_eps is not None:
+        rq, rk = (k.new_empty(num_chunks, H, CHUNK_SIZE, dtype=torch.float32) for _ in range(2))
+    precise = negative_eigenvalues or k.dtype == torch.float32
+    prepare_kernel[(num_chunks * HV,)](
+        q,
+        k,
+        g,
+        beta,
+        G,
+        T,
+        rq,
+        rk,
+        table.chunk_bounds,
+        num_tokens,
+        0.0 if l2norm_eps is None else l2norm_eps,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *g.stride(),
+        *beta.stride(),
+        H=H,
+        HV=HV,
+        K=K,
+        C=CHUNK_SIZE,
+        L2NORM=l2norm_eps is not None,
+        PRECISION="tf32x3" if precise else "tf32",
+        **config(config_name("prepare", k.dtype), architecture(k.device), K).launch,
+    )
+    return Prepared(G=G, T=T, rq=rq, rk=rk)
+
+
+# (K, V, dtype, whether the default), what is compiled for the report.
+SHIPPED = (
+    (128, 128, "bf16", True),
+    (64, 64, "bf16", False),
+    (192, 384, "bf16", False),
+    (256, 512, "bf16", False),
+    (128, 128, "fp16", False),
+    (128, 128, "fp32", False),
+)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def strides(*names: str, of: str = "bth") -> dict[str, str]:
+    """Types of the strides of tensors, for a signature."""
+    return {f"stride_{name}{dimension}": "i32" for name in names for dimension in of}
+
+
+def compile_cases(arch: str) -> list[Case]:
+    """The kernel at the shapes that are shipped, and with negative eigenvalues."""
+    cases = []
+    for K, _, dtype, default in SHIPPED:
+        pointer = f"*{dtype}"
+        signature = dict(q=pointer, k=pointer, g="*fp32", beta="*fp32", G="*fp32", T=pointer, rq="*fp32", rk="*fp32")
+        signature |= dict(chunk_bounds="*i32", num_tokens="i32", eps="fp32") | strides("q", "k", "g", "b")
+        for negative in (False, True) if default else (False,):
+            precise = negative or dtype == "fp32"
+            constexprs = dict(H=16, HV=32, K=K, C=CHUNK_SIZE, L2NORM=True, PRECISION="tf32x3" if precise else "tf32")
+            cases.append(
+                Case(
+                    name=f"prepare K {K} {dtype}" + (", negative eigenvalues" if negative else ""),
+                    kernel=prepare_kernel,
+                    signature=signature,
+                    constexprs=constexprs,
+                    config=config(config_name("prepare", DTYPES[dtype]), arch, K),
+                    default=default and not negative,
+                )
+            )
+    return cases

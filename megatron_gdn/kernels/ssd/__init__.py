@@ -1,0 +1,1 @@
+"""Mamba2's state-space duality: reference, chunked computation, public function."""

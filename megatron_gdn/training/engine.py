@@ -1,0 +1,248 @@
+"""One optimizer step and one validation on Megatron-Core's public pieces: schedule, DDP, distributed optimizer."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from megatron_gdn.config import Config
+from megatron_gdn.hybrid.model import build_model, padded_vocab_size, transformer_config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Batch = dict[str, Tensor]
+
+
+@dataclass(kw_only=True)
+class MegatronEngine:
+    """A model stage with its optimizer and schedule, driven by Megatron-Core.
+
+    model: the stage itself, for checkpoints.
+    wrapped: the stage under mixed precision and data parallelism, for computation.
+    """
+
+    config: Config
+    model: GPTModel
+    wrapped: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    device: torch.device
+
+    @classmethod
+    def build(cls, config: Config, *, vocab_size: int, device: torch.device) -> "MegatronEngine":
+        """Build this rank's stage; needs Megatron's process groups.
+
+        Args:
+            config: the run.
+            vocab_size: tokens of the vocabulary, before padding.
+            device: of this rank.
+        """
+        dtype = DTYPES[config.training.precision]
+        host_config = transformer_config(
+            config.model,
+            config.parallel,
+            dtype=dtype,
+            # The loss of a step is the mean over its tokens, however they fall into micro-batches and ranks.
+            calculate_per_token_loss=True,
+            **_recompute(config.training.recompute),
+        )
+        model = build_model(
+            host_config,
+            config.model,
+            vocab_size=padded_vocab_size(vocab_size, config.model.vocab_multiple),
+            max_sequence_length=config.training.sequence_length,
+            seed=config.run.seed,
+        ).to(device)
+        overlap = config.parallel.overlap
+        wrapped = DistributedDataParallel(
+            host_config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=config.parallel.distributed_optimizer,
+                overlap_grad_reduce=overlap,
+                overlap_param_gather=overlap and config.parallel.distributed_optimizer,
+            ),
+            Float16Module(host_config, model) if dtype is torch.bfloat16 else model,
+        )
+        optimizer = _build_optimizer(config, wrapped, dtype)
+        host_config.grad_scale_func = optimizer.scale_loss
+        host_config.finalize_model_grads_func = finalize_model_grads
+        if overlap:
+            host_config.no_sync_func = wrapped.no_sync
+        if overlap and config.parallel.distributed_optimizer:
+            host_config.param_sync_func = wrapped.start_param_sync
+        return cls(
+            config=config,
+            model=model,
+            wrapped=wrapped,
+            optimizer=optimizer,
+            scheduler=build_scheduler(config, optimizer),
+            device=device,
+        )
+
+    def forward_backward(
+        self, batches: Iterator[Batch], num_microbatches: int, *, forward_only: bool = False
+    ) -> Tensor:
+        """Run the micro-batches of one step through the pipeline.
+
+        Args:
+            batches: yields `tokens`, `labels`, `loss_mask`, `position_ids`, each `[micro batch, s]`.
+            num_microbatches: how many to take.
+            forward_only: no gradients.
+
+        Returns:
+            `[2]` float32 on the last pipeline stage, this rank's sum of losses in nats and its number of tokens;
+            zeros on other stages.
+        """
+        if not forward_only:
+            self.wrapped.zero_grad_buffer()
+            self.optimizer.zero_grad()
+        results = get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            data_iterator=batches,
+            model=self.wrapped,
+            num_microbatches=num_microbatches,
+            seq_length=self.config.training.sequence_length,
+            micro_batch_size=self.config.training.micro_batch_size,
+            forward_only=forward_only,
+        )
+        total = torch.zeros(2, device=self.device)
+        for result in results:
+            total += result["loss"]
+        return total
+
+    def update(self) -> float:
+        """Clip, step the optimizer and the schedule.
+
+        Returns:
+            The global gradient norm before clipping.
+
+        Raises:
+            FloatingPointError: the norm is not finite; nothing was updated.
+        """
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())  # waits for the device
+        if not math.isfinite(grad_norm):
+            # The norm is the same on every rank, so all of them stop here, with the weights of the last good step.
+            raise FloatingPointError(
+                f"the gradient norm is not finite ({grad_norm}): lower optimizer.lr, look for bad data in this step or "
+                "resume from an older checkpoint."
+            )
+        max_norm = self.config.optimizer.clip_grad
+        if max_norm > 0.0:
+            for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+                clip_grad_by_total_norm_fp32(optimizer.get_parameters(), max_norm=max_norm, total_norm=grad_norm)
+        self.optimizer.step_with_ready_grads()
+        self.scheduler.step(self.config.training.global_batch_size)
+        return grad_norm
+
+    def sync_parameters(self) -> None:
+        """Gather the updated parameters that would otherwise arrive with the next forward pass; before a checkpoint."""
+        if self.wrapped.ddp_config.overlap_param_gather:
+            self.wrapped.start_param_sync(force_sync=True)
+
+    def mean_loss(self, total: Tensor) -> float:
+        """Nats per token over all data-parallel ranks, known on every rank.
+
+        Args:
+            total: from `forward_backward`, or a sum of such.
+        """
+        total = total.clone()
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            dist.broadcast(total, parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        loss, num_tokens = total.tolist()
+        return loss / max(num_tokens, 1.0)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def _forward_step(self, batches: Iterator[Batch], model) -> tuple[Tensor, Callable]:
+        batch = {name: value.to(self.device, non_blocking=True) for name, value in next(batches).items()}
+        loss_mask = batch["loss_mask"].flatten().float()
+
+        def loss_function(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            loss = (losses.flatten().float() * loss_mask).sum()
+            num_tokens = loss_mask.sum()
+            return loss, num_tokens.to(torch.int), {"loss": torch.stack([loss.detach(), num_tokens])}
+
+        return model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"]), loss_function
+
+
+def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Learning-rate schedule over samples; lengths in the configuration are in tokens.
+
+    Args:
+        config: the run.
+        optimizer: whose learning rate it sets.
+    """
+    training, settings = config.training, config.optimizer
+    train_samples = training.train_steps * training.global_batch_size
+    to_samples = training.sequence_length
+    decay_tokens = settings.decay_tokens if settings.decay_tokens is not None else training.train_tokens // 10
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.warmup_tokens // to_samples,
+        lr_decay_steps=train_samples,
+        lr_decay_style={"cosine": "cosine", "wsd": "WSD", "constant": "constant"}[settings.schedule],
+        wsd_decay_steps=max(1, decay_tokens // to_samples),
+        lr_wsd_decay_style="linear",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=train_samples,
+        wd_incr_style="constant",
+    )
+
+
+def _recompute(choice: str) -> dict:
+    if choice == "none":
+        return {}
+    return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+
+
+def _build_optimizer(config: Config, wrapped: DistributedDataParallel, dtype: torch.dtype) -> MegatronOptimizer:
+    settings = config.optimizer
+    host_settings = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.epsilon,
+        clip_grad=settings.clip_grad,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap and config.parallel.distributed_optimizer,
+    )
+    overrides = get_standard_config_overrides(host_settings)  # vectors have no weight decay
+    if dtype is not torch.float32:
+        # DistributedOptimizer puts the float32 parameters of a group first, but looks their states up in the original
+        # order when it saves (megatron-core 0.16.1, distrib_optimizer.py): with both dtypes in one group it would store
+        # wrong states. A_log and dt_bias therefore get a group of their own; its learning rate is the run's.
+        is_float32 = ParamPredicate(name="float32", fn=lambda param: param.dtype is torch.float32)
+        overrides[ParamKey(predicate=is_float32)] = ParamGroupOverride(max_lr=settings.lr)
+    return get_megatron_optimizer(host_settings, [wrapped], config_overrides=overrides)

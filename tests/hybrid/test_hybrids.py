@@ -1,0 +1,88 @@
+"""H1, H2 and 3:1 gated attention: logits of a plain PyTorch model, training that learns, layouts that agree."""
+
+import pytest
+import torch
+
+from tests.hybrid import plain
+from tests.ranks import pool
+from tests.training.test_engine import VOCABULARY, compare, run_config, sample, train_steps
+
+MAMBA = dict(mamba_num_heads=4, mamba_head_dim=8, mamba_state_dim=12)
+PATTERNS = {
+    "H1": dict(pattern="G-S-", sliding_attention=dict(window=20)),
+    "H2": dict(pattern="M-G-S-", sliding_attention=dict(window=20, rope=False), **MAMBA),
+    "3:1": dict(
+        pattern="G-G-G-*-",
+        kv_channels=16,
+        full_attention=dict(rotary_percent=0.5, qk_norm=True, output_gate=True),
+        zero_centered_norm=True,
+    ),
+    "Transformer++": dict(pattern="*-*-"),
+    "DeltaNet": dict(pattern="G-", use_decay=False),
+    "no MLP": dict(pattern="MG*", mamba_num_groups=2, **MAMBA),
+}
+
+
+def logits_and_weights(model: dict):
+    """Logits of a model whose norms are random too, and its weights by key on disk."""
+    from megatron_gdn.hybrid.model import build_model, padded_vocab_size, transformer_config
+    from tests.training.test_engine import stored_weights
+
+    config = run_config(**model)
+    host = transformer_config(config.model, config.parallel)
+    rows = padded_vocab_size(VOCABULARY, config.model.vocab_multiple)
+    gpt = build_model(host, config.model, vocab_size=rows, max_sequence_length=72, seed=3)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, param in gpt.named_parameters():
+            if "norm" in name and param.dim() == 1:
+                param.add_(torch.rand(param.shape, generator=generator) - 0.5)
+        tokens = torch.stack([sample(i)["tokens"] for i in range(2)])
+        logits = gpt.eval()(tokens, torch.arange(72).expand(2, -1), None)
+    return config.model, tokens, logits, stored_weights(gpt)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_logits_are_those_of_a_plain_model(name):
+    [(model, tokens, logits, weights)] = pool(1).run(logits_and_weights, PATTERNS[name], groups={})
+    expected = plain.logits(model, {key: x.double() for key, x in weights.items()}, tokens)
+    assert expected.std() > 0.1
+    # float32 against float64 over a few layers, logits of size 1.
+    assert (logits - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_training_learns(name):
+    """20 steps on eight samples: the loss of a model that memorises them falls."""
+    config = run_config(**PATTERNS[name])
+    config.optimizer.lr = 1e-2
+    [losses] = pool(1).run(losses_on_the_same_samples, config, groups={})
+    assert losses[-1] < losses[0] - 0.5 and all(b < a + 0.3 for a, b in zip(losses, losses[1:], strict=False))
+
+
+def losses_on_the_same_samples(config, steps: int = 20):
+    from megatron_gdn.training.engine import MegatronEngine
+
+    engine = MegatronEngine.build(config, vocab_size=VOCABULARY, device=torch.device("cpu"))
+    size = config.training.micro_batch_size
+    stacked = [[sample(i * size + j) for j in range(size)] for i in range(8 // size)]
+    batches = [{name: torch.stack([s[name] for s in batch]) for name in batch[0]} for batch in stacked]
+    losses = []
+    for _ in range(steps):
+        total = engine.forward_backward(iter(batches), len(batches))
+        engine.update()
+        losses.append(engine.mean_loss(total))
+    return losses
+
+
+@pytest.mark.parametrize("parallel", [dict(tensor=2), dict(tensor=2, sequence=True), dict(pipeline=2)], ids=str)
+@pytest.mark.parametrize("name", ["H1", "H2", "3:1"])
+def test_layouts_equal_one_process(name, parallel):
+    """Losses, gradient norms and weights of three steps; H2's three layers do not divide over two stages."""
+    [reference] = pool(1).run(train_steps, run_config(**PATTERNS[name]), groups={})
+    groups = dict(
+        tensor_model_parallel_size=parallel.get("tensor", 1),
+        pipeline_model_parallel_size=parallel.get("pipeline", 1),
+    )
+    for result in pool(2).run(train_steps, run_config(parallel=parallel, **PATTERNS[name]), groups=groups):
+        compare(result, reference)

@@ -1,0 +1,37 @@
+"""The self-check passes on kernels that are right and names those that are not."""
+
+import torch
+
+from megatron_gdn.kernels import selfcheck
+
+
+def test_right_kernels_pass(capsys):
+    assert selfcheck.main(["--device", "cpu", "--backend", "torch", "--quick"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(" ok") == 15 and "all within their bounds" in printed
+
+
+def test_wrong_kernel_is_named(capsys, monkeypatch):
+    right = selfcheck.l2norm
+    monkeypatch.setattr(selfcheck, "l2norm", lambda x, **options: right(x, **options) * 1.02)
+    monkeypatch.setattr(selfcheck, "rule_checks", lambda *args, **options: iter(()))
+    assert selfcheck.main(["--device", "cpu", "--backend", "torch", "--quick"]) == 1
+    printed = capsys.readouterr().out
+    assert "y 2.0e-02 > 1e-05; d x 2.0e-02 > 1e-05" in printed and "2 failed" in printed
+
+
+def test_wrong_gradient_and_irregular_results_are_found(monkeypatch):
+    check = next(check for check in selfcheck.other_checks(torch.device("cpu"), "torch", quick=True))
+
+    def noisy(**inputs):
+        inputs["weight"] = inputs["weight"].detach() + 0 * inputs["weight"]
+        return {"y": check.function(**inputs)["y"] + 1e-7 * torch.randn(1)}
+
+    changed = selfcheck.Check(**{name: getattr(check, name) for name in check.__slots__} | dict(function=noisy))
+    _, same, problems = selfcheck.run_check(changed)
+    assert not same and any("d weight" in problem for problem in problems) and "two runs differ" in problems
+
+
+def test_unknown_backend_is_an_error(capsys):
+    assert selfcheck.main(["--device", "cpu", "--backend", "cuda"]) == 2
+    assert "backend (cuda) must be one of" in capsys.readouterr().err

@@ -1,0 +1,149 @@
+"""Costs against models as they are built, FLOPs and bytes as they are counted, and published numbers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_gdn.config import load_config
+from megatron_gdn.cost import mean_context, model_cost, peak_flops
+from tests.ranks import pool
+from tests.training.test_engine import VOCABULARY, run_config
+
+RECIPES = sorted(Path("examples/recipes").glob("*.yaml"))
+
+
+def recipe(name: str, *overrides: str):
+    return load_config(Path(f"examples/recipes/{name}.yaml"), list(overrides))
+
+
+# Parameters without and with the embedding in millions, GFLOP per token. Counted from the released configurations by
+# others; they have 9 biases of beta and 9 unused D more in each Gated DeltaNet layer.
+PUBLISHED = {
+    "gdn_0.4b": (467.7, 516.8, 3.18),
+    "h1_0.4b": (481.6, 530.8, 3.40),
+    "gdn_1.3b": (1232.5, 1309.3, 8.13),
+    "h1_1.3b": (1242.9, 1316.6, 8.42),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_papers_models(name):
+    cost = model_cost(recipe(name), vocab_size=32000)
+    without, whole, gflops = PUBLISHED[name]
+    assert cost.parameters_without_embeddings / 1e6 == pytest.approx(without, abs=0.06)
+    assert cost.parameters / 1e6 == pytest.approx(whole, abs=0.06)
+    assert cost.flops_per_token / 1e9 == pytest.approx(gflops, abs=0.006)
+
+
+def test_a_public_checkpoints_number_of_parameters():
+    assert model_cost(recipe("fla_360m"), vocab_size=32000).parameters == 357_781_928
+
+
+def parameters_on_meta(config, vocab_size) -> int:
+    """Parameters of this rank's model, without memory for them."""
+    from megatron_gdn.hybrid.model import build_model, padded_vocab_size, transformer_config
+
+    host = transformer_config(config.model, config.parallel)
+    with torch.device("meta"):
+        model = build_model(
+            host,
+            config.model,
+            vocab_size=padded_vocab_size(vocab_size, config.model.vocab_multiple),
+            max_sequence_length=config.training.sequence_length,
+            seed=None,
+        )
+    assert all(param.is_meta for param in model.parameters())
+    return sum(param.numel() for param in model.parameters())
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_parameters_are_those_of_the_model(path):
+    config = load_config(path, ["parallel.tensor=1", "parallel.sequence=false"])
+    [built] = pool(1).run(parameters_on_meta, config, 32000, groups={})
+    assert model_cost(config, vocab_size=32000).parameters == built
+
+
+@pytest.mark.parametrize("name", ["gdn_0.4b", "fla_360m", "h2_0.4b", "qwen3_next_style"])
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_parameters_of_a_tensor_parallel_rank(name, tensor):
+    """9 heads and 4 heads: with and without ghosts."""
+    if name == "qwen3_next_style" and tensor == 4:
+        pytest.skip("its attention has two key heads")
+    config = recipe(name, f"parallel.tensor={tensor}")
+    built = pool(tensor).run(parameters_on_meta, config, 32000, groups=dict(tensor_model_parallel_size=tensor))
+    assert {sum(x.rank_parameters for x in model_cost(config, vocab_size=32000).layers)} == set(built)
+
+
+def counted_flops(config) -> int:
+    """FLOPs of all matrix products of a step of one micro-batch."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megatron_gdn.training.engine import MegatronEngine
+
+    def of_baddbmm(input_shape, a_shape, b_shape, **_):  # in place, which torch's table does not have
+        batch, m, k = a_shape
+        return 2 * batch * m * k * b_shape[-1]
+
+    engine = MegatronEngine.build(config, vocab_size=VOCABULARY, device=torch.device("cpu"))
+    shape = (config.training.micro_batch_size, config.training.sequence_length)
+    text = torch.randint(VOCABULARY, shape)
+    batch = dict(
+        tokens=text, labels=text, loss_mask=torch.ones(shape), position_ids=torch.arange(shape[1]).expand(shape)
+    )
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: of_baddbmm}) as counter:
+        engine.forward_backward(iter([batch]), 1)
+    return counter.get_total_flops()
+
+
+FLOP_CASES = {
+    "Gated DeltaNet": dict(pattern="G-G"),
+    "one value head per key head, no gate": dict(pattern="G-", linear_num_key_heads=4, use_output_gate=False),
+    "DeltaNet": dict(pattern="G", use_decay=False),
+    "Mamba2": dict(pattern="M-", mamba_num_heads=4, mamba_head_dim=16, mamba_state_dim=32),
+    "Mamba2 with groups": dict(pattern="M", mamba_num_heads=4, mamba_state_dim=16, mamba_num_groups=2),
+    "long heads": dict(pattern="G", linear_key_head_dim=48, linear_value_head_dim=96),
+}
+
+
+@pytest.mark.parametrize("case", FLOP_CASES)
+def test_executed_flops_are_those_counted(case):
+    config = run_config(training=dict(sequence_length=128, global_batch_size=2), **FLOP_CASES[case])  # whole chunks
+    [counted] = pool(1).run(counted_flops, config, groups={})
+    expected = model_cost(config, vocab_size=VOCABULARY).executed_flops_per_token * config.training.tokens_per_step
+    assert counted == pytest.approx(expected, rel=0.01)
+
+
+def test_mean_context():
+    for length, window in ((1, None), (10, None), (10, 3), (10, 50), (4096, 2048)):
+        seen = [min(i + 1, window or length) for i in range(length)]
+        assert mean_context(length, window) == pytest.approx(sum(seen) / length, rel=1e-12)
+
+
+def test_peak_flops():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA GB200") == 2500e12 and peak_flops("NVIDIA B200") == 2250e12
+    assert peak_flops("Quadro") is None
+
+
+def dry_run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "examples/pretrain.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_dry_run_prints_the_costs():
+    config = ["--config", "examples/recipes/gdn_1.3b.yaml"]
+    found = dry_run(*config, "--dry-run", "--json", "--processes", "16", "parallel.tensor=2")
+    report = json.loads(found.stdout)
+    expected = model_cost(recipe("gdn_1.3b", "parallel.tensor=2"), vocab_size=32000, data_parallel=8)
+    assert report["parameters"] == expected.parameters and report["layout"]["data"] == 8
+    assert report["memory_bytes_per_rank"]["weights"] == expected.memory_bytes(0)["weights"]
+    text = dry_run(*config, "--dry-run").stdout
+    assert "1,309,295,488" in text and "sequence_length: 4096" in text
+    failed = dry_run(*config, "--json")
+    assert failed.returncode == 2 and "--json and --processes need --dry-run" in failed.stderr
+    failed = dry_run(*config, "--dry-run", "model.vocab_size=null")
+    assert failed.returncode == 2 and "model.vocab_size (null) must be a number where data.train" in failed.stderr

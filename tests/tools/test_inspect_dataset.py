@@ -1,0 +1,89 @@
+"""Inspecting datasets: the counts are the data's, any flipped bit is found, documents come back as text."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.tools.texts import TEXTS, tokenize
+from tools.preprocess import inspect_dataset
+
+
+def copy(dataset, folder: Path, suffixes=("bin", "idx", "json")) -> Path:
+    for suffix in suffixes:
+        shutil.copy(f"{dataset}.{suffix}", folder / f"copy.{suffix}")
+    return folder / "copy"
+
+
+def test_counts_are_those_of_the_data(dataset, capsys):
+    assert inspect_dataset.main([str(dataset), "--verify"]) == 0
+    printed = capsys.readouterr().out
+    tokens = np.fromfile(f"{dataset}.bin", dtype=np.uint16)
+    assert f"documents       {len(TEXTS)}" in printed
+    assert f"tokens          {len(tokens)}, uint16, {len(tokens) / len(TEXTS):.1f} per document" in printed
+    assert f"vocabulary      400, largest id {tokens.max()}" in printed
+    assert "checked         sizes, index, SHA-256 of .bin and .idx, token ids" in printed
+
+
+def test_documents_as_text(dataset, tokenizer, capsys):
+    assert inspect_dataset.main([f"{dataset}.bin", "--tokenizer", str(tokenizer), "--documents", "3"]) == 0
+    printed = capsys.readouterr().out
+    for text in TEXTS[:3]:
+        assert f"\n{text}<|endoftext|>\n" in printed
+    assert TEXTS[3] not in printed
+
+
+def test_every_flipped_byte_is_found(dataset, tmp_path, capsys):
+    """A byte in each part of both files; only some are seen without --verify."""
+    rng = np.random.default_rng(0)
+    for suffix in ("bin", "idx"):
+        content = Path(f"{dataset}.{suffix}").read_bytes()
+        for position in (0, len(content) - 1, *rng.integers(0, len(content), 6)):
+            broken = bytearray(content)
+            broken[position] ^= 4
+            prefix = copy(dataset, tmp_path)
+            Path(f"{prefix}.{suffix}").write_bytes(broken)
+            assert inspect_dataset.main([str(prefix), "--verify"]) == 1, (suffix, position)
+            assert f"copy.{suffix}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "offset, message",
+    [
+        (34 + 4 * 5, "its sequences do not follow each other"),  # a length
+        (34 + 4 * len(TEXTS) + 8 * 5, "its sequences do not follow each other"),  # a pointer
+        (34 + 12 * len(TEXTS), "its documents do not cover"),  # the first document's start
+    ],
+)
+def test_broken_index_is_found_without_a_manifest(dataset, tmp_path, capsys, offset, message):
+    prefix = copy(dataset, tmp_path, ("bin", "idx"))
+    assert inspect_dataset.main([str(prefix), "--verify"]) == 0
+    content = bytearray(Path(f"{prefix}.idx").read_bytes())
+    content[offset] ^= 1
+    Path(f"{prefix}.idx").write_bytes(content)
+    assert inspect_dataset.main([str(prefix), "--verify"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_id_outside_the_vocabulary_is_found(dataset, tmp_path, capsys):
+    prefix = copy(dataset, tmp_path)
+    manifest = json.loads(Path(f"{prefix}.json").read_text())
+    manifest["vocab_size"] = manifest["max_token_id"]
+    Path(f"{prefix}.json").write_text(json.dumps(manifest))
+    assert inspect_dataset.main([str(prefix), "--verify"]) == 1
+    assert f"copy has token id {manifest['max_token_id']} and a vocabulary of" in capsys.readouterr().err
+
+
+def test_wrong_arguments(corpus, dataset, tokenizer, tmp_path, capsys):
+    assert inspect_dataset.main([str(tmp_path / "nothing")]) == 1
+    assert "nothing.bin does not exist: build it with" in capsys.readouterr().err
+    assert inspect_dataset.main([str(dataset), "--tokenizer", str(tmp_path)]) == 2
+    assert "must be a folder with tokenizer.json" in capsys.readouterr().err
+    settings = json.loads((tokenizer / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings, indent=3))
+    assert inspect_dataset.main([str(dataset), "--tokenizer", str(tmp_path)]) == 2
+    assert "is not the one that made" in capsys.readouterr().err
+    assert tokenize(corpus, tmp_path, tmp_path / "out") == 0
+    assert inspect_dataset.main([str(tmp_path / "out"), "--tokenizer", str(tmp_path)]) == 0

@@ -1,0 +1,50 @@
+"""Training tokenizers: deterministic, exact, loadable in transformers, clear about wrong input."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tools.texts import TEXTS
+from tools.preprocess import train_tokenizer
+from tools.preprocess.encode import load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_trained_tokenizer_is_deterministic_and_loads_in_transformers(corpus, tmp_path):
+    command = [sys.executable, "-m", "tools.preprocess.train_tokenizer", "--input", str(corpus), "--vocab-size", "300"]
+    for name in ("a", "b"):
+        subprocess.run([*command, "--output", str(tmp_path / name)], cwd=ROOT, check=True, capture_output=True)
+    assert (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "b/tokenizer.json").read_bytes()
+    transformers = pytest.importorskip("transformers", reason="extra convert")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    ours = load_tokenizer(tmp_path / "a")
+    for text in TEXTS[:3]:
+        assert theirs(text)["input_ids"] == ours.encode(text).ids
+    assert theirs.eos_token_id == ours.token_to_id("<|endoftext|>")
+
+
+def test_small_corpus_gives_fewer_ids(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("aaaa bbbb")
+    arguments = ["--input", str(tmp_path / "a.txt"), "--output", str(tmp_path / "tokenizer"), "--vocab-size", "5000"]
+    assert train_tokenizer.main(arguments) == 0
+    size = load_tokenizer(tmp_path / "tokenizer").get_vocab_size()
+    assert f"{size} ids; the text has no more of the 5000 asked for" in capsys.readouterr().out and size < 300
+
+
+@pytest.mark.parametrize(
+    "options, code, message",
+    [
+        (["--vocab-size", "257"], 2, "--vocab-size (257) must be at least 258"),
+        (["--input", "nothing*.jsonl"], 2, "--input (nothing*.jsonl) names no file"),
+        (["--text-key", "body"], 1, "corpus.jsonl line 1: no text under --text-key (body); the line has: text, id"),
+        (["--output", __file__], 2, "test_train_tokenizer.py) must be a folder"),
+    ],
+)
+def test_wrong_arguments(corpus, tmp_path, capsys, options, code, message):
+    arguments = ["--input", str(corpus), "--output", str(tmp_path / "tokenizer"), "--vocab-size", "300", *options]
+    assert train_tokenizer.main(arguments) == code
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,21 @@
+"""Difficult texts, and short names for what the tests of the preprocessing do often."""
+
+from pathlib import Path
+
+from tools.preprocess import tokenize_corpus
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. 🦊",
+    " leading and trailing spaces, tabs\tand\n\nblank lines ",
+    *(f"Document number {i} says {'very ' * (i % 7)}little." for i in range(300)),
+]
+
+
+def tokenize(corpus, tokenizer, prefix, *options) -> int:
+    arguments = ["--input", str(corpus), "--tokenizer", str(tokenizer), "--output-prefix", str(prefix), *options]
+    return tokenize_corpus.main(["--append-eod", "--workers", "1", *arguments])
+
+
+def dataset_bytes(prefix) -> tuple[bytes, bytes]:
+    return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()

@@ -1,0 +1,86 @@
+"""Train a byte-level BPE tokenizer.
+
+python -m tools.preprocess.train_tokenizer --input 'corpus/*.jsonl' --output tokenizer --vocab-size 32000
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tools.preprocess.readers import FORMATS, ArgumentError, InputError, find_files, read_records, read_text
+
+END_OF_DOCUMENT, PADDING = "<|endoftext|>", "<|pad|>"
+
+
+def train(files: list[Path], *, text_key: str, vocab_size: int) -> Tokenizer:
+    """Byte-level BPE without normalisation, so every text comes back exactly; deterministic.
+
+    Args:
+        files: from `find_files`.
+        text_key: key of the text in JSON lines.
+        vocab_size: ids, with the 256 bytes and two special tokens; a small corpus gives fewer.
+
+    Raises:
+        InputError: a record without usable text.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    texts = (read_text(record, text_key) for path in files for record in read_records(path))
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a Hugging Face tokenizer folder; tokenizer.json comes last and whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_DOCUMENT,
+        "pad_token": PADDING,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    aside = folder / ".tokenizer.json.writing"
+    tokenizer.save(str(aside))
+    os.replace(aside, folder / "tokenizer.json")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; 1 for data that cannot be used, 2 for wrong arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, help=f"files or patterns: {FORMATS}")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the tokenizer, in Hugging Face's form")
+    parser.add_argument("--vocab-size", type=int, required=True, help="ids, at least 258")
+    parser.add_argument("--text-key", default="text", help="key of the text in JSON lines")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.vocab_size < 258:
+            raise ArgumentError(
+                f"--vocab-size ({arguments.vocab_size}) must be at least 258: 256 bytes, 2 special tokens."
+            )
+        if arguments.output.exists() and not arguments.output.is_dir():
+            raise ArgumentError(f"--output ({arguments.output}) must be a folder: name another.")
+        tokenizer = train(find_files(arguments.input), text_key=arguments.text_key, vocab_size=arguments.vocab_size)
+        save(tokenizer, arguments.output)
+    except (ArgumentError, InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ArgumentError) else 1
+    size = tokenizer.get_vocab_size()
+    few = f"; the text has no more of the {arguments.vocab_size} asked for" if size < arguments.vocab_size else ""
+    print(f"{arguments.output}: {size} ids{few}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
