@@ -187,7 +187,7 @@ def prepare(
         l2norm_eps: added to the sums of squares of q and k; None: they are used as they are.
         negative_eigenvalues: beta may exceed 1; the blocks of T are joined with more digits.
     """
-    num_chunks, HV, (B, num_tokens, H, K) = table.num_chunks, g.shape[2], k.shape
+    num_chunks, HV, (_, num_tokens, H, K) = table.num_chunks, g.shape[2], k.shape
     G = g.new_empty(num_chunks, HV, CHUNK_SIZE, dtype=torch.float32)
     T = k.new_empty(num_chunks, HV, CHUNK_SIZE, CHUNK_SIZE)
     rq = rk = None

@@ -245,9 +245,10 @@ def test_what_is_kept_for_the_backward_pass():
     inputs["v"].requires_grad_()
     sizes = {}
     for recompute in (True, False):
-        saved = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.setdefault(x.data_ptr(), x), lambda x: x):
+        tensors = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=tensors: kept.append(x) or x, lambda x: x):
             rule(*(inputs[n] for n in "qkv"), g=inputs["g"], beta=inputs["beta"], recompute_states=recompute)
+        saved = {x.data_ptr(): x for x in tensors}
         sizes[recompute] = sum(x.numel() * x.element_size() for x in saved.values())
     tokens_and_gates = 64 * (2 * 16 * 2 + 2 * 32 * 2 + 2 * 4)
     assert sizes[True] == tokens_and_gates + 64 * 2 * (64 * 2 + 4)  # T and G

@@ -197,7 +197,7 @@ def test_extreme_gates(g):
     inputs["g"] = -1e3 * torch.bernoulli(
         torch.full(inputs["g"].shape, often), generator=torch.Generator().manual_seed(1)
     )
-    # dg is a difference of sums as large as the other gradients; where all is dropped it is 0, and their rounding stays.
+    # dg is a difference of sums as large as the other gradients; where all is dropped it is 0, and rounding stays.
     check(inputs, FLOAT32, smallest=0.1 if g == "dropped" else 1e-6)
 
 
