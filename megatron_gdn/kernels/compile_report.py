@@ -39,7 +39,7 @@ _BEGIN, _END = "<!-- compile report -->\n", "<!-- end of compile report -->\n"
 def source_hash() -> str:
     """Of everything that the table depends on, the version of Triton excepted."""
     paths = [_ROOT / (module.replace(".", "/") + ".py") for module in MODULES]
-    paths += [_ROOT / "triton_support" / name for name in ("language.py", "configs.py", "offline.py")]
+    paths += [_ROOT / "triton_support" / name for name in ("language.py", "tiles.py", "configs.py", "offline.py")]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()[:16]
 
 

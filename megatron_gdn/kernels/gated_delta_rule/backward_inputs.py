@@ -5,16 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_gdn.kernels.gated_delta_rule.backward_state import (
-    SHAPES,
-    config_of,
-    load_tile,
-    row_stride_one,
-    store_tile,
-)
+from megatron_gdn.kernels.gated_delta_rule.backward_state import SHAPES, config_of
 from megatron_gdn.kernels.triton_support.configs import architecture
 from megatron_gdn.kernels.triton_support.language import dot, store
 from megatron_gdn.kernels.triton_support.offline import Case
+from megatron_gdn.kernels.triton_support.tiles import load_tile, store_tile, with_unit_stride
 from megatron_gdn.kernels.varlen import CHUNK_SIZE, ChunkTable
 
 
@@ -228,7 +223,7 @@ def input_gradients(
         `[B, T, HV]`; dg in dg_dtype, the others in the dtypes of their inputs; contiguous.
     """
     (_, num_tokens, H, K), (HV, V) = q.shape, v.shape[2:]
-    do = row_stride_one(do)
+    do = with_unit_stride(do)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     dg, dbeta = beta.new_empty(beta.shape, dtype=dg_dtype), beta.new_empty(beta.shape)
     launch = config_of("input_gradients", "fp32" if q.dtype == torch.float32 else "", architecture(q.device), K, V)

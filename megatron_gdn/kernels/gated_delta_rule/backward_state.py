@@ -26,37 +26,10 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_gdn.kernels.triton_support.configs import Config, architecture, config
-from megatron_gdn.kernels.triton_support.language import dot, store
+from megatron_gdn.kernels.triton_support.language import dot
 from megatron_gdn.kernels.triton_support.offline import Case
+from megatron_gdn.kernels.triton_support.tiles import load_tile, store_tile, with_unit_stride
 from megatron_gdn.kernels.varlen import CHUNK_SIZE, ChunkTable
-
-
-@triton.jit
-def load_tile(base, o_row, o_col, stride, num_rows, NUM_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Rows o_row, columns o_col of a matrix with `stride` between rows; ROWS, COLS: whether some may lie outside."""
-    p_tile = base + o_row[:, None] * stride + o_col[None, :]
-    if ROWS and COLS:
-        return tl.load(p_tile, mask=(o_row < num_rows)[:, None] & (o_col < NUM_COLS)[None, :], other=0.0)
-    elif ROWS:
-        return tl.load(p_tile, mask=(o_row < num_rows)[:, None], other=0.0)
-    elif COLS:
-        return tl.load(p_tile, mask=(o_col < NUM_COLS)[None, :], other=0.0)
-    else:
-        return tl.load(p_tile)
-
-
-@triton.jit
-def store_tile(base, x, o_row, o_col, stride, num_rows, NUM_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Where `load_tile` reads, x in the dtype of the memory."""
-    p_tile = base + o_row[:, None] * stride + o_col[None, :]
-    if ROWS and COLS:
-        store(p_tile, x, mask=(o_row < num_rows)[:, None] & (o_col < NUM_COLS)[None, :])
-    elif ROWS:
-        store(p_tile, x, mask=(o_row < num_rows)[:, None])
-    elif COLS:
-        store(p_tile, x, mask=(o_col < NUM_COLS)[None, :])
-    else:
-        store(p_tile, x)
 
 
 @triton.jit
@@ -204,11 +177,6 @@ def state_gradients_kernel(
         store_tile(dinitial + i_nh * K * V, b_dS, o_k, o_v, V, K, V, MK, MV)
 
 
-def row_stride_one(x: Tensor) -> Tensor:
-    """x, or a copy where its last dimension is not contiguous, as in a gradient that was expanded."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def config_of(kernel: str, dtype: str, arch: str, K: int, V: int) -> Config:
     """Row of the launch table: float32 tiles take twice the shared memory, so they have rows of their own."""
     return config(f"{kernel} float32" if dtype == "fp32" else kernel, arch, K, V)
@@ -243,7 +211,7 @@ def state_gradients(
         dtype of q; the gradient of the initial states `[N, HV, K, V]` in float32 or None.
     """
     (_, num_tokens, H, K), (HV, V), N = q.shape, do.shape[2:], len(table.lengths)
-    do = row_stride_one(do)
+    do = with_unit_stride(do)
     dS = q.new_empty(table.num_chunks, HV, K, V)
     dB = q.new_empty(table.num_chunks, HV, CHUNK_SIZE, V)
     PT = q.new_empty(table.num_chunks, HV, CHUNK_SIZE, CHUNK_SIZE)

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_gdn.kernels.gated_delta_rule.prepare import DTYPES, SHIPPED, Prepared, columns, config_name, strides
-from megatron_gdn.kernels.triton_support.configs import architecture, config
+from megatron_gdn.kernels.gated_delta_rule.prepare import DTYPES, SHIPPED, Prepared, columns
+from megatron_gdn.kernels.triton_support.configs import architecture, config, config_name
 from megatron_gdn.kernels.triton_support.language import dot, store
-from megatron_gdn.kernels.triton_support.offline import Case
+from megatron_gdn.kernels.triton_support.offline import Case, strides
 from megatron_gdn.kernels.varlen import CHUNK_SIZE, ChunkTable
 
 

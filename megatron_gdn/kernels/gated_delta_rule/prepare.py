@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_gdn.kernels.triton_support.configs import architecture, config
+from megatron_gdn.kernels.triton_support.configs import architecture, config, config_name
 from megatron_gdn.kernels.triton_support.language import LOG2_E, dot, store
-from megatron_gdn.kernels.triton_support.offline import Case
+from megatron_gdn.kernels.triton_support.offline import Case, strides
 from megatron_gdn.kernels.varlen import CHUNK_SIZE, ChunkTable
 
 # Smallest log2 of a step's decay. What is left of a state after 2^-80 is lost beside anything written since, and sums
@@ -163,11 +163,6 @@ def prepare_kernel(
     store(T + i * C * C + o_c[:, None] * C + o_c[None, :], inverse(b_A, C, PRECISION))
 
 
-def config_name(kernel: str, dtype: torch.dtype) -> str:
-    """Row of the table of configurations: float32 tiles are twice as large as those of 16 bits."""
-    return f"{kernel} float32" if dtype == torch.float32 else kernel
-
-
 def prepare(
     q: Tensor,
     k: Tensor,
@@ -231,11 +226,6 @@ SHIPPED = (
     (128, 128, "fp32", False),
 )
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def strides(*names: str, of: str = "bth") -> dict[str, str]:
-    """Types of the strides of tensors, for a signature."""
-    return {f"stride_{name}{dimension}": "i32" for name in names for dimension in of}
 
 
 def compile_cases(arch: str) -> list[Case]:

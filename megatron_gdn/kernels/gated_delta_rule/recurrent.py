@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_gdn.kernels.gated_delta_rule.prepare import SHIPPED, columns, strides
+from megatron_gdn.kernels.gated_delta_rule.prepare import SHIPPED, columns
 from megatron_gdn.kernels.triton_support.configs import architecture, config
 from megatron_gdn.kernels.triton_support.language import INTERPRETED, LOG2_E, store
-from megatron_gdn.kernels.triton_support.offline import Case
+from megatron_gdn.kernels.triton_support.offline import Case, strides
 from megatron_gdn.kernels.varlen import ChunkTable
 
 

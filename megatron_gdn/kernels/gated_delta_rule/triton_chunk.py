@@ -13,7 +13,6 @@ so autocast changes nothing.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_gdn.kernels.gated_delta_rule.backward_inputs import input_gradients
@@ -21,6 +20,7 @@ from megatron_gdn.kernels.gated_delta_rule.backward_state import state_gradients
 from megatron_gdn.kernels.gated_delta_rule.output import output
 from megatron_gdn.kernels.gated_delta_rule.prepare import Prepared, prepare
 from megatron_gdn.kernels.gated_delta_rule.state import states
+from megatron_gdn.kernels.triton_support.tiles import with_unit_stride
 from megatron_gdn.kernels.varlen import ChunkTable
 
 
@@ -37,11 +37,6 @@ class TritonSetting:
     recompute_states: bool = True
     """Compute S and U again in the backward pass instead of keeping them: 768 bytes per token and value head at
     K = V = 128 in 16 bits, against a quarter more arithmetic."""
-
-
-def with_unit_stride(x: Tensor) -> Tensor:
-    """x, copied only if its last dimension is not contiguous; the kernels take the other strides."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class TritonChunkGatedDeltaRule(torch.autograd.Function):

@@ -63,6 +63,11 @@ def config(kernel: str, arch: str, K: int = 0, V: int = 0) -> Config:
     )
 
 
+def config_name(kernel: str, dtype: torch.dtype) -> str:
+    """Row of the table of configurations: float32 tiles are twice as large as those of 16 bits."""
+    return f"{kernel} float32" if dtype == torch.float32 else kernel
+
+
 # Gated delta rule, forward.
 TABLE["prepare"] = {
     arch: [((256, 0), Config(num_warps=4, num_stages=2, block=(("BK", 64),)))] for arch in ARCHITECTURES

@@ -41,6 +41,11 @@ class Case:
     default: bool = True
 
 
+def strides(*names: str, of: str = "bth") -> dict[str, str]:
+    """Types of the strides of tensors, for a signature."""
+    return {f"stride_{name}{dimension}": "i32" for name in names for dimension in of}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What one compiled kernel takes.
