@@ -303,6 +303,48 @@ class TrainingConfig:
 
 
 @_section
+class FP8Config:
+    """FP8 in the large linear layers; see megatron_gdn/fp8/recipe.py."""
+
+    recipe: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    """Scaling recipe, by Megatron-Core's names; mxfp8 needs Blackwell."""
+    backend: Literal["te", "scaled_mm", "emulated"] = "te"
+    """te: Transformer Engine. scaled_mm: PyTorch's FP8 product, for delayed and tensorwise. emulated: rounds operands to
+    FP8 and multiplies in float32, on any device, to study numerics; slower than no FP8."""
+    format: Literal["e4m3", "hybrid"] | None = None
+    """hybrid keeps output gradients in e5m2; None: hybrid for delayed and tensorwise, e4m3 for blockwise and mxfp8."""
+    first_layers_bf16: NonNegative = 1
+    """Layers at the start that stay in the run's precision."""
+    last_layers_bf16: NonNegative = 1
+    """Layers at the end that stay in the run's precision."""
+    param_gather: bool = False
+    """Keep and gather weights in FP8 (backend te)."""
+    amax_history: Positive = 1024
+    """Forward passes whose largest magnitude sets the scale of delayed scaling."""
+
+    def __post_init__(self):
+        if self.recipe == "none":
+            return
+        if self.format is None:
+            self.format = "hybrid" if self.recipe in ("delayed", "tensorwise") else "e4m3"
+        if self.backend == "scaled_mm" and self.recipe in ("blockwise", "mxfp8"):
+            raise ValueError(
+                f"recipe ({self.recipe}) must be delayed or tensorwise with backend scaled_mm, which has one scale per "
+                "tensor: use one of them or backend te."
+            )
+        if self.param_gather and self.backend != "te":
+            raise ValueError(
+                f"param_gather (true) needs backend te and has {self.backend}: set fp8.param_gather=false."
+            )
+        if self.backend == "te" and self.recipe == "delayed" and self.first_layers_bf16 + self.last_layers_bf16 > 0:
+            raise ValueError(
+                f"first_layers_bf16 ({self.first_layers_bf16}) and last_layers_bf16 ({self.last_layers_bf16}) must be 0 "
+                "with recipe delayed, whose scales Transformer Engine updates for all layers at once: set both to 0 or "
+                "use tensorwise."
+            )
+
+
+@_section
 class CheckpointConfig:
     """When checkpoints are written and how many stay."""
 
@@ -336,6 +378,7 @@ class Config:
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig
     training: TrainingConfig
+    fp8: FP8Config = Field(default_factory=FP8Config)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
 

@@ -12,6 +12,7 @@ of their own: they stay in the parameter dtype when the large projection runs in
 (`in_proj.weight.query`, ...).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ from megatron_gdn.kernels import (
     prepare_chunk_table,
 )
 from megatron_gdn.norms import GatedRMSNorm
-from megatron_gdn.sections import gated_delta_net_sections, local_sizes
+from megatron_gdn.sections import gated_delta_net_sections, local_sizes, pad_ghosts
 from megatron_gdn.sharded_sections import split_on_disk
 
 
@@ -82,6 +83,8 @@ class GatedDeltaNet(MegatronModule):
         use_decay: project alpha and let the state decay; False is DeltaNet (arXiv 2406.06484).
         scale_out_proj: draw out_proj with the host's `output_layer_init_method`; False: with `init_method`.
         A_init_range: range of A at the start; the paper's code draws A ~ U(0, 16).
+        row_multiple: fill the rows of in_proj and the columns of out_proj on each rank up to a multiple of this, with
+            zeros that change no result and are in no checkpoint; FP8 wants 16 or 32.
         backend: kernel backend: "auto" or "torch".
 
     Raises:
@@ -101,6 +104,7 @@ class GatedDeltaNet(MegatronModule):
         use_decay: bool = True,
         scale_out_proj: bool = True,
         A_init_range: tuple[float, float] = (0.0, 16.0),
+        row_multiple: int = 1,
         backend: str = "auto",
         **host_kwargs,
     ):
@@ -120,7 +124,7 @@ class GatedDeltaNet(MegatronModule):
         """Called with tensors of the next forward pass, see megatron_gdn/training/health.py."""
         self.allow_neg_eigval, self.use_qk_l2norm = allow_neg_eigval, use_qk_l2norm
         self.use_decay, self.scale_out_proj = use_decay, scale_out_proj
-        self.A_init_range, self.backend = A_init_range, backend
+        self.A_init_range, self.row_multiple, self.backend = A_init_range, row_multiple, backend
         self.key_head_dim, self.value_head_dim = config.linear_key_head_dim, config.linear_value_head_dim
         self.sections = gated_delta_net_sections(
             num_key_heads=config.linear_num_key_heads,
@@ -141,7 +145,7 @@ class GatedDeltaNet(MegatronModule):
             linear = build_module(
                 getattr(submodules, name),
                 config.hidden_size,
-                sum(local_sizes(self.sections[name], self.tp_size)) * self.tp_size,
+                self._local_rows(name) * self.tp_size,
                 init_method=_no_init,
                 gather_output=False,
                 skip_bias_add=False,
@@ -151,7 +155,7 @@ class GatedDeltaNet(MegatronModule):
             setattr(self, name, linear)
         self.out_proj = build_module(
             submodules.out_proj,
-            sum(local_sizes(self.sections["out_proj"], self.tp_size)) * self.tp_size,
+            self._local_rows("out_proj") * self.tp_size,
             config.hidden_size,
             init_method=_no_init,
             input_is_parallel=True,
@@ -176,6 +180,11 @@ class GatedDeltaNet(MegatronModule):
             dtype=config.params_dtype,
             backend=self.backend,
         ).to(device)
+
+    def _local_rows(self, name: str) -> int:
+        """Rows (`out_proj`: columns) of a linear layer on each rank, ghosts and filling included."""
+        rows = sum(local_sizes(self.sections[name], self.tp_size))
+        return rows if name == "in_proj_ba" else math.ceil(rows / self.row_multiple) * self.row_multiple
 
     @property
     def _gate_parameters(self) -> tuple[str, ...]:
@@ -276,8 +285,9 @@ class GatedDeltaNet(MegatronModule):
         )
         if self.observer is not None:
             self.observer({"alpha": g.exp(), "beta": beta, "state": state} | ({} if z is None else {"gate": z}))
-        y = self.out_norm(o, z)
-        return self.out_proj(y.flatten(2).transpose(0, 1).contiguous())
+        y = self.out_norm(o, z).flatten(2)
+        y = pad_ghosts(y, self._local_rows("out_proj"), dim=2)
+        return self.out_proj(y.transpose(0, 1).contiguous())
 
     def _gates(self, gates: Tensor) -> tuple[Tensor, Tensor]:
         """beta and g, `[b, s, HV]` float32, from the local rows of in_proj_ba."""
@@ -294,7 +304,7 @@ class GatedDeltaNet(MegatronModule):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """`[b, s, local rows]` to q, k `[b, s, H, K]` and v, z `[b, s, HV, V]` of this rank's heads; z may be None."""
         sizes = local_sizes(self.sections["conv1d"], self.tp_size)
-        width = sum(sizes)
+        width, used = sum(sizes), sum(local_sizes(self.sections["in_proj"], self.tp_size))
         qkv, _ = causal_conv1d(
             mixed[..., :width],
             self.conv1d.weight.squeeze(1),
@@ -304,7 +314,7 @@ class GatedDeltaNet(MegatronModule):
         )
         q, k, v = qkv.split(sizes, dim=-1)
         q, k = (x.unflatten(-1, (-1, self.key_head_dim)) for x in (q, k))
-        z = mixed[..., width:].unflatten(-1, (-1, self.value_head_dim)) if mixed.shape[-1] > width else None
+        z = mixed[..., width:used].unflatten(-1, (-1, self.value_head_dim)) if used > width else None
         return q, k, v.unflatten(-1, (-1, self.value_head_dim)), z
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None, **_):

@@ -13,7 +13,7 @@ import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor
 
-from megatron_gdn.sections import Section, take_local
+from megatron_gdn.sections import Section, pad_ghosts, take_local
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def fill_sections(
         shape = [*weight.shape[:dim], section.num_rows, *weight.shape[dim + 1 :]]
         section_name = f"{name}.{section.name}" if section.name else name
         masters.append(master_weight(seed, section_name, shape, init_method))
-    weight.copy_(take_local(masters, sections, rank, size, dim))
+    weight.copy_(pad_ghosts(take_local(masters, sections, rank, size, dim), weight.shape[dim], dim))
 
 
 @torch.no_grad()

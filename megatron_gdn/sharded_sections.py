@@ -30,6 +30,7 @@ def split_on_disk(
     padded = local_sizes(sections, size)
     owned = [section.local_rows(rank, size) for section in sections]
     prepended = template.prepend_axis_num
+    num_rows = fused.data.shape[dim]  # with what fills the weight up to a multiple that FP8 wants
 
     @torch.no_grad()
     def build(key: str, tensor: Tensor, replica_id, flattened_range) -> list[ShardedTensor]:
@@ -67,7 +68,8 @@ def split_on_disk(
     @torch.no_grad()
     def merge(parts: list[Tensor]) -> Tensor:
         own = [x.narrow(dim, 0, rows.stop - rows.start) for x, rows in zip(parts, owned, strict=True)]
-        return torch.cat([pad_ghosts(x, num_padded, dim) for x, num_padded in zip(own, padded, strict=True)], dim)
+        sections = torch.cat([pad_ghosts(x, num_padded, dim) for x, num_padded in zip(own, padded, strict=True)], dim)
+        return pad_ghosts(sections, num_rows, dim)
 
     return ShardedTensorFactory(key, fused.data, build, merge, fused.replica_id)
 

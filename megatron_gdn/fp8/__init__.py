@@ -1,0 +1,1 @@
+"""FP8 linear layers: recipes, reference quantisers, and layers that use them without Transformer Engine."""
