@@ -12,6 +12,8 @@ $(VENV)/.installed: setup.py megatron_gdn/version.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e '.[$(EXTRAS)]'
+	# Beside the packages, for one test: Transformer Engine's recipe classes, without a compiled part.
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/transformer-engine transformer-engine==2.20.2
 	touch $@
 
 lint: venv

@@ -309,8 +309,8 @@ class FP8Config:
     recipe: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
     """Scaling recipe, by Megatron-Core's names; mxfp8 needs Blackwell."""
     backend: Literal["te", "scaled_mm", "emulated"] = "te"
-    """te: Transformer Engine. scaled_mm: PyTorch's FP8 product, for delayed and tensorwise. emulated: rounds operands to
-    FP8 and multiplies in float32, on any device, to study numerics; slower than no FP8."""
+    """te: Transformer Engine. scaled_mm: PyTorch's FP8 product, for delayed and tensorwise. emulated: operands are
+    rounded to FP8 and multiplied in float32, on any device, to study numerics; slower than no FP8."""
     format: Literal["e4m3", "hybrid"] | None = None
     """hybrid keeps output gradients in e5m2; None: hybrid for delayed and tensorwise, e4m3 for blockwise and mxfp8."""
     first_layers_bf16: NonNegative = 1
@@ -336,11 +336,12 @@ class FP8Config:
             raise ValueError(
                 f"param_gather (true) needs backend te and has {self.backend}: set fp8.param_gather=false."
             )
-        if self.backend == "te" and self.recipe == "delayed" and self.first_layers_bf16 + self.last_layers_bf16 > 0:
+        edges = self.first_layers_bf16 + self.last_layers_bf16
+        if self.backend == "te" and self.recipe == "delayed" and edges > 0:
             raise ValueError(
-                f"first_layers_bf16 ({self.first_layers_bf16}) and last_layers_bf16 ({self.last_layers_bf16}) must be 0 "
-                "with recipe delayed, whose scales Transformer Engine updates for all layers at once: set both to 0 or "
-                "use tensorwise."
+                f"first_layers_bf16 ({self.first_layers_bf16}) and last_layers_bf16 ({self.last_layers_bf16}) must be "
+                "0 with recipe delayed, whose scales Transformer Engine updates for all layers at once: set both to 0, "
+                "or use tensorwise."
             )
 
 

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch.nn import functional as F
 
 from tests import gdn_layer
-from tests.gdn_layer import SHAPE
+from tests.gdn_layer import SHAPE, build_layer, inputs, layer_config
 from tests.ranks import RankError, pool
 
 # Two orders of summing float32: a few 1e-6 of a tensor's largest element.
@@ -325,3 +326,47 @@ def build_with(**overrides):
 def test_wrong_heads_are_refused(tp, overrides, message):
     with pytest.raises(RankError, match=message):
         pool(tp).run(build_with, groups=dict(tensor_model_parallel_size=tp), **overrides)
+
+
+def _filled(row_multiple: int):
+    layer = build_layer(layer_config(), row_multiple=row_multiple)
+    x, weights = inputs()
+    x.requires_grad_()
+    y, _ = layer(x)
+    (y * weights).sum().backward()
+    on_disk = {}
+    factories = {k: v for k, v in layer.sharded_state_dict().items() if isinstance(v, ShardedTensorFactory)}
+    for factory in factories.values():
+        on_disk |= {part.key: (part.data, part.global_offset, part.global_shape) for part in factory.build()}
+    merged = factories["in_proj.weight"].merge_fn([part.data for part in factories["in_proj.weight"].build()])
+    assert torch.equal(merged, layer.in_proj.weight)
+    linears = {name: getattr(layer, name).weight for name in ("in_proj", "in_proj_ba", "out_proj")}
+    return {
+        "results": (y.detach(), x.grad),
+        "shapes": {name: tuple(weight.shape) for name, weight in linears.items()},
+        "gradients": {name: weight.grad for name, weight in linears.items()},
+        "on disk": on_disk,
+    }
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_rows_that_fill_up_to_a_multiple_change_nothing(size):
+    groups = dict(tensor_model_parallel_size=size)
+    plain, filled = (pool(size).run(_filled, multiple, groups=groups) for multiple in (1, 32))
+    rows, columns = 208 // size, 80 // size
+    for expected, found in zip(plain, filled, strict=True):
+        torch.testing.assert_close(found["results"], expected["results"], rtol=1e-5, atol=1e-6)  # sums of other lengths
+        assert expected["shapes"] == {"in_proj": (rows, 24), "in_proj_ba": (16 // size, 24), "out_proj": (24, columns)}
+        assert found["shapes"] == {
+            "in_proj": ({1: 224, 2: 128}[size], 24),
+            "in_proj_ba": (16 // size, 24),
+            "out_proj": (24, {1: 96, 2: 64}[size]),
+        }
+        for name, part in (("in_proj", slice(None, rows)), ("out_proj", (slice(None), slice(None, columns)))):
+            gradient = found["gradients"][name].clone()
+            torch.testing.assert_close(gradient[part], expected["gradients"][name], rtol=1e-5, atol=1e-5)
+            gradient[part] = 0
+            assert not gradient.any()
+        assert found["on disk"].keys() == expected["on disk"].keys()
+        for key, (data, offset, shape) in expected["on disk"].items():
+            assert torch.equal(found["on disk"][key][0], data) and found["on disk"][key][1:] == (offset, shape), key

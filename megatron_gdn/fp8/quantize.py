@@ -44,7 +44,7 @@ class Quantizer:
         return torch.finfo(DTYPES[self.format]).max
 
     def amax(self, x: Tensor) -> Tensor:
-        """Largest magnitude of each block of `x [R, C]`, NaN left out: `[ceil(R / rows), ceil(C / columns)]` float32."""
+        """Largest magnitude of each block of x `[R, C]`, NaN left out: `[block rows, block columns]` float32."""
         magnitude = x.detach().float().abs().nan_to_num(nan=0.0, posinf=torch.inf)
         if self.block is None:
             return magnitude.amax().reshape(1, 1)

@@ -1,4 +1,4 @@
-"""The quantisers against a table of all numbers of each format, and their rules for zeros, NaN, infinity and overflow."""
+"""The quantisers against tables of all numbers of a format; their rules for zeros, NaN, infinity and overflow."""
 
 import pytest
 import torch
