@@ -98,6 +98,7 @@ def causal_conv1d_forward_kernel(
     RUN: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """A program takes a chunk of tokens and BLOCK_D channels; rows before a sequence's first are its state."""
     num_blocks = tl.cdiv(D, BLOCK_D)
     i_c = tl.program_id(0) // num_blocks
     o_d = (tl.program_id(0) % num_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)

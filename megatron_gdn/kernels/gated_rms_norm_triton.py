@@ -48,6 +48,7 @@ def gated_rms_norm_forward_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """A program takes BLOCK_R rows, and keeps r of each for the backward pass."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_row = row < num_rows
     o_d = tl.arange(0, BLOCK_D)

@@ -32,6 +32,7 @@ def l2norm_forward_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """A program takes BLOCK_R rows, and keeps r of each for the backward pass."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_row = row < num_rows
     o_d = tl.arange(0, BLOCK_D)
@@ -62,6 +63,7 @@ def l2norm_backward_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """A program takes BLOCK_R rows: dx = r (dy - y (y . dy))."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_row = row < num_rows
     o_d = tl.arange(0, BLOCK_D)

@@ -28,8 +28,8 @@ from tests.bench.shapes import RULE_GPU, RuleShape
 # Below this the difference is of the same kind as from one run to the next.
 WORTH = 1.03
 RULE_KERNELS = ("prepare", "states", "output", "state_gradients", "input_gradients")
-ROWS_OF_STAGE = {"states": "state"}
-"""Where the row of the launch table is not named as the function."""
+ROWS_OF_STAGE = {"states": ("state",), "state_gradients": ("scores", "state_gradients")}
+"""Where the rows of the launch table are not named as the function."""
 OPERATORS = {
     "l2norm": ("l2norm_forward", "l2norm_backward"),
     "gated_rms_norm": ("gated_rms_norm_forward", "gated_rms_norm_backward"),
@@ -44,10 +44,10 @@ def table_rows(dtype: str) -> dict[str, str]:
 
     found = {}
     for stage in RULE_KERNELS:
-        name = ROWS_OF_STAGE.get(stage, stage)
-        if dtype == "float32":
-            name = next((row for row in (f"{name}_float32", f"{name} float32") if row in TABLE), name)
-        found[name] = stage
+        for name in ROWS_OF_STAGE.get(stage, (stage,)):
+            if dtype == "float32":
+                name = next((row for row in (f"{name}_float32", f"{name} float32") if row in TABLE), name)
+            found[name] = stage
     found |= {row: operator for operator, rows in OPERATORS.items() for row in rows}
     return {row: runs for row, runs in found.items() if row in TABLE}
 

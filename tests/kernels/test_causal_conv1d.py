@@ -162,7 +162,7 @@ ERRORS = {
     ),
     r"x \(torch.int64\) must have a float dtype": dict(x=torch.zeros(1, 9, 6, dtype=torch.int64)),
     r"cu_seqlens \(ends at 8\) must end at the number of tokens \(9\)": dict(cu_seqlens=torch.tensor([0, 8])),
-    r"backend \(fla\) is not part of this version": dict(backend="fla"),
+    r"backend \(fla\) is offered for chunk_gated_delta_rule only: use 'torch' or 'triton'": dict(backend="fla"),
 }
 
 

@@ -131,7 +131,9 @@ ERRORS = {
     r"dt_bias \(torch.bfloat16\) must be float32: convert it, a 16-bit dt_bias": lambda x: gated_delta_gate(
         x, torch.ones(6), torch.ones(6).bfloat16()
     ),
-    r"backend \(fast\) must be one of auto, torch: 'auto' suits": lambda x: l2norm(x, backend="fast"),
+    r"backend \(fast\) must be one of auto, torch, triton, fla: 'auto' suits the device": lambda x: l2norm(
+        x, backend="fast"
+    ),
 }
 
 

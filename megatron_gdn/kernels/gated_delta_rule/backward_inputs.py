@@ -60,6 +60,7 @@ def input_gradients_kernel(
     BG: tl.constexpr,
     L2NORM: tl.constexpr,
 ):
+    """A program takes a chunk and a key head, with all GROUP value heads that share it."""
     DTYPE: tl.constexpr = q.dtype.element_ty
     MK: tl.constexpr = BK != K
     MV: tl.constexpr = V % BV != 0

@@ -56,6 +56,7 @@ def scores_kernel(
     BK: tl.constexpr,
     L2NORM: tl.constexpr,
 ):
+    """P^T of a chunk, for the value heads of one key head."""
     DTYPE: tl.constexpr = q.dtype.element_ty
     MK: tl.constexpr = K % BK != 0
     i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -124,6 +125,7 @@ def state_gradients_kernel(
     HAS_DFINAL: tl.constexpr,
     NEEDS_DINITIAL: tl.constexpr,
 ):
+    """A program takes BV columns of the state of a sequence and value head, from the last chunk to the first."""
     DTYPE: tl.constexpr = q.dtype.element_ty
     MK: tl.constexpr = BK != K
     MV: tl.constexpr = V % BV != 0
