@@ -65,6 +65,7 @@ def main() -> int:
             return 0
         ignore_host_warnings()
         # Megatron-Core takes seconds to import; a wrong configuration has been reported before it.
+        from megatron_gdn.optional import MissingPackageError
         from megatron_gdn.training.checkpoint import CheckpointError
         from megatron_gdn.training.data import DatasetError
         from megatron_gdn.training.faults import LockError
@@ -74,7 +75,7 @@ def main() -> int:
         return 2
     try:
         pretrain(config, resume=arguments.resume)
-    except (ConfigError, DatasetError, CheckpointError, LockError) as error:
+    except (ConfigError, DatasetError, CheckpointError, LockError, MissingPackageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -6,22 +6,24 @@ what is done here:
 
     window_size, window_attn_skip_freq   one size, layers by number; the local path builds a T x T mask
     no_rope_freq                         layers by number
+    num_attention_heads, num_query_groups   all layers; multiples of the tensor-parallel size
     attention_output_gate                all layers; breaks where num_query_groups is below the tensor-parallel size
     qk_layernorm                         the spec's norms build per layer, but their gradients are summed over
                                          tensor-parallel ranks only where this is set for the whole model
     rotary_percent, rotary_base          arguments of GPTModel, which makes one embedding for all layers
 
 `HybridSelfAttention` gives the host's code a copy of the configuration with this layer's fields, and has a rotary
-embedding of its own where the layer's differs. On disk the keys are the host's.
+embedding of its own where the layer's differs. Where the ranks do not divide the heads, it has ghost heads of zeros
+(`megatron_gdn.sections`). On disk the keys are the host's, and ghosts are not there.
 """
 
 import copy
+import math
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -32,7 +34,9 @@ from torch import Tensor
 
 from megatron_gdn.kernels.sliding_window import check_window, resolve_attention_backend, sliding_window_attention
 from megatron_gdn.norms import HeadRMSNorm
-from megatron_gdn.optional import require
+from megatron_gdn.providers import get_provider
+from megatron_gdn.sections import attention_sections, held_heads
+from megatron_gdn.sharded_sections import split_on_disk
 
 # What the core cannot do: field of TransformerConfig -> the only value it takes, and the remedy.
 _CORE_LIMITS = {
@@ -51,6 +55,9 @@ _LAYER_OPTIONS = {
     "qk_layernorm": "qk_norm",
     "qk_l2_norm": "qk_norm",
 }
+# Fused weights -> the dimension along which their heads lie.
+_SECTION_DIMS = {"linear_qkv": 0, "linear_proj": 1}
+_LAST_QUERIES = 16
 
 
 class SlidingWindowAttention(MegatronModule):
@@ -187,10 +194,13 @@ class HybridSelfAttention(SelfAttention):
 
     Args:
         config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection: the host's.
+        num_attention_heads: query heads of this layer; None: config's.
+        num_query_groups: key heads of this layer; None: as many as query heads, config's where those are config's.
         window: tokens that a token sees, itself included; None: all before it.
         softmax_scale: None: config's, or kv_channels ** -0.5.
         rope: rotate q and k by position; False: no positions (NoPE).
-        rotary_percent: share of each head, its first part, that is rotated.
+        rotary_percent: share of each head, its first part, that is rotated; None: what the model's embedding rotates,
+            nothing where it has none.
         rotary_base: base of this layer's own rotary embedding; None: the model's, of the same share.
         output_gate: multiply the output by the sigmoid of a gate that is projected beside q (Qwen3-Next). Rows of
             linear_qkv: for each key head its query heads, their gates, k, v.
@@ -198,7 +208,7 @@ class HybridSelfAttention(SelfAttention):
 
     Raises:
         ValueError: a setting for all layers beside the layer's; a share that leaves no even number of dimensions;
-            an output gate with fewer key heads than ranks.
+            query heads that key heads do not divide.
     """
 
     def __init__(
@@ -210,10 +220,12 @@ class HybridSelfAttention(SelfAttention):
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         *,
+        num_attention_heads: int | None = None,
+        num_query_groups: int | None = None,
         window: int | None = None,
         softmax_scale: float | None = None,
         rope: bool = True,
-        rotary_percent: float = 1.0,
+        rotary_percent: float | None = 1.0,
         rotary_base: float | None = None,
         output_gate: bool = False,
         **host_kwargs,
@@ -221,25 +233,44 @@ class HybridSelfAttention(SelfAttention):
         for name, option in _LAYER_OPTIONS.items():
             if value := getattr(config, name, None):
                 raise ValueError(f"{name} ({value}) must not be set for all layers: give this one {option}=...")
-        rotary_dim = int(config.kv_channels * rotary_percent)
-        if rope and not (0 < rotary_percent <= 1 and rotary_dim >= 2 and rotary_dim % 2 == 0):
+        rotary_dim = None if rotary_percent is None else int(config.kv_channels * rotary_percent)
+        if (
+            rope
+            and rotary_dim is not None
+            and not (0 < rotary_percent <= 1 and rotary_dim >= 2 and rotary_dim % 2 == 0)
+        ):
             raise ValueError(
                 f"rotary_percent ({rotary_percent}) of kv_channels ({config.kv_channels}) must be an even number of "
                 f"dimensions from 2 to {config.kv_channels}, not {rotary_dim}: dimensions turn in pairs."
             )
+        groups = num_query_groups or num_attention_heads or config.num_query_groups
+        heads = num_attention_heads or config.num_attention_heads
+        check_query_groups(heads, groups)
+        pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
         layer_config = _with_window(config, window)
         layer_config.attention_output_gate = output_gate
+        layer_config.num_attention_heads, layer_config.num_query_groups = held_heads(
+            heads, groups, pg_collection.tp.size()
+        )
         if softmax_scale is not None:
             layer_config.softmax_scale = softmax_scale
         super().__init__(
             layer_config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection, **host_kwargs
         )
-        if output_gate and config.num_query_groups < self.world_size:
-            # 0.16.1 takes this rank's part of q, but not of the gate.
-            raise ValueError(
-                f"num_query_groups ({config.num_query_groups}) must be at least tensor_model_parallel_size "
-                f"({self.world_size}) with output_gate: use more groups or fewer ranks."
-            )
+        self.sections = attention_sections(
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            head_dim=config.kv_channels,
+            output_gate=output_gate,
+        )
+        self.has_ghosts = layer_config.num_query_groups != groups
+        self.observer = None
+        """Called with the logits of the last queries of the next forward pass, see megatron_gdn/training/health.py."""
+        self.window = window
+        if config.context_parallel_size == 1:  # else a rank does not have all keys
+            self.core_attention.register_forward_pre_hook(self._observe, with_kwargs=True)
+        if self.has_ghosts and config.perform_initialization:
+            self._clear_ghosts()
         for norm in (self.q_layernorm, self.k_layernorm):
             if isinstance(norm, HeadRMSNorm):
                 norm.tp_group = self.tp_group
@@ -282,6 +313,52 @@ class HybridSelfAttention(SelfAttention):
             **host_kwargs,
         )
 
+    def get_query_key_value_tensors(self, *args, output_gate: bool = False, **kwargs):
+        """The host's; where ranks share a key head, this rank's part of the gate too, which 0.16.1 forgets."""
+        found = super().get_query_key_value_tensors(*args, output_gate=output_gate, **kwargs)
+        if not output_gate or self.config.num_query_groups >= self.world_size:
+            return found
+        query, key, value, gate = found
+        sharing = self.world_size // self.config.num_query_groups
+        return query, key, value, gate.chunk(sharing, dim=2)[self.tp_group.rank() % sharing]
+
+    def _observe(self, core, arguments: tuple, options: dict) -> None:
+        """Before the core: logits of its last document's last queries, of this rank's own heads, to the observer."""
+        if self.observer is None:
+            return
+        query, key = arguments[:2]
+        if (documents := options.get("packed_seq_params")) is not None:
+            bounds = documents.cu_seqlens_q_padded
+            bounds = documents.cu_seqlens_q if bounds is None else bounds
+            start = int(bounds[bounds < len(query)].max())  # waits for the device, in a sampled step only
+            query, key = query[start:].unsqueeze(1), key[start:].unsqueeze(1)
+        scale = self.config.softmax_scale
+        scale = self.config.kv_channels**-0.5 if scale is None else scale
+        logits = last_logits(query.detach(), key.detach(), scale=scale, window=self.window)
+        if self.has_ghosts:
+            logits = logits[:, : self.sections["linear_proj"][0].local_heads(self.tp_group.rank(), self.world_size)]
+        self.observer({"logits": logits})
+
+    @torch.no_grad()
+    def _clear_ghosts(self) -> None:
+        rank, size = self.tp_group.rank(), self.world_size
+        for name, dim in _SECTION_DIMS.items():
+            (section,) = self.sections[name]
+            rows = section.local_rows(rank, size)
+            weight = getattr(self, name).weight
+            weight.narrow(dim, rows.stop - rows.start, weight.shape[dim] - (rows.stop - rows.start)).zero_()
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
+        """The host's sharded tensors, without ghost heads; arguments as of the host."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.has_ghosts:
+            for name, dim in _SECTION_DIMS.items():
+                key = f"{prefix}{name}.weight"
+                state[key] = split_on_disk(
+                    state[key], key, self.sections[name], rank=self.tp_group.rank(), size=self.world_size, dim=dim
+                )
+        return state
+
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
         if x.is_cuda:
             return super()._apply_output_gate(x, gate)
@@ -292,6 +369,8 @@ class HybridSelfAttention(SelfAttention):
         """The embedding that the host applies: none, this layer's, or the model's."""
         if not self.rope:
             return None
+        if self.rotary_dim is None:
+            return given
         if self.rotary_pos_emb is not None:
             if packed_seq_params is None:
                 ranks = self.world_size if self.config.sequence_parallel else 1
@@ -313,9 +392,11 @@ class HybridSelfAttention(SelfAttention):
 
 def attention_spec(
     *,
+    num_attention_heads: int | None = None,
+    num_query_groups: int | None = None,
     window: int | None = None,
     rope: bool = True,
-    rotary_percent: float = 1.0,
+    rotary_percent: float | None = 1.0,
     rotary_base: float | None = None,
     qk_norm: bool = False,
     output_gate: bool = False,
@@ -323,29 +404,36 @@ def attention_spec(
     softmax_scale: float | None = None,
     backend: str = "auto",
     provider: str = "local",
+    fuse_input_norm: bool = False,
 ) -> ModuleSpec:
     """Spec of a causal attention layer, usable as `self_attention` of a TransformerLayer.
 
     Args:
-        window, rope, rotary_percent, rotary_base, output_gate, softmax_scale: see `HybridSelfAttention`.
+        num_attention_heads, num_query_groups: see `HybridSelfAttention`.
+        window, rope, rotary_percent, rotary_base, output_gate, softmax_scale: likewise.
         qk_norm: RMSNorm of each q and k head, before the rotation.
         zero_centered_norm: those norms multiply by 1 + weight.
         backend: of the scores: "auto", "te", "flash", "flex" or "torch".
-        provider: of the linear layers: "local", Megatron's, or "te", Transformer Engine's. The norm before the layer
-            stays the TransformerLayer's own `input_layernorm` with both.
+        provider: of the linear layers, see `megatron_gdn.providers`: "local" or "te".
+        fuse_input_norm: linear_qkv includes the norm before the layer, where the provider has such a module; the
+            TransformerLayer then has no `input_layernorm`.
 
     Raises:
-        ValueError: an unknown provider; zero_centered_norm without qk_norm.
+        ValueError: an unknown provider, or fuse_input_norm with one that cannot; zero_centered_norm without qk_norm.
         MissingPackageError: provider "te" without Transformer Engine.
     """
     if zero_centered_norm and not qk_norm:
         raise ValueError("zero_centered_norm (True) needs qk_norm: it is about the norms of q and k.")
     norm = ModuleSpec(module=HeadRMSNorm, params={"zero_centered": zero_centered_norm}) if qk_norm else None
-    column, row = _linears(provider)
+    modules = get_provider(provider)
+    if fuse_input_norm and modules.norm_column is None:
+        raise ValueError(f"fuse_input_norm (True) needs provider 'te', not {provider!r}: its norms are modules apart.")
     return ModuleSpec(
         module=HybridSelfAttention,
         params=dict(
             attn_mask_type=AttnMaskType.causal,
+            num_attention_heads=num_attention_heads,
+            num_query_groups=num_query_groups,
             window=window,
             rope=rope,
             rotary_percent=rotary_percent,
@@ -353,28 +441,47 @@ def attention_spec(
             output_gate=output_gate,
             softmax_scale=softmax_scale,
         ),
+        metainfo={"fuse_input_layernorm": fuse_input_norm},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=column,
+            linear_qkv=modules.norm_column if fuse_input_norm else modules.column,
             core_attention=ModuleSpec(module=CoreAttention, params={"backend": backend}),
-            linear_proj=row,
+            linear_proj=modules.row,
             q_layernorm=norm,
             k_layernorm=norm,
         ),
     )
 
 
-def _linears(provider: str) -> tuple[type, type]:
-    """Column- and row-parallel linear layers."""
-    if provider == "local":
-        return ColumnParallelLinear, RowParallelLinear
-    if provider == "te":
-        require("transformer_engine", extra="te", purpose="attention_spec(provider='te')")
-        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+def last_logits(query: Tensor, key: Tensor, *, scale: float, window: int | None = None) -> Tensor:
+    """Logits of the last queries of a sequence, for `attention_entropy` and `attention_max_logit`.
 
-        return TEColumnParallelLinear, TERowParallelLinear
-    raise ValueError(
-        f"provider ({provider}) must be 'local' or 'te': Megatron's linear layers or Transformer Engine's."
-    )
+    Args:
+        query, key: `[s, b, heads, D]`; a key head serves neighbouring query heads.
+        scale: of the logits.
+        window: tokens that a query sees, itself included; None: all before it.
+
+    Returns:
+        `[b, heads, n, s]` float32, n of at most 16 last queries, -inf where a query does not see a key.
+    """
+    length, n = len(key), min(_LAST_QUERIES, len(query))
+    group = query.shape[2] // key.shape[2]
+    q, k = query[-n:].float(), key.float().repeat_interleave(group, dim=2)
+    logits = torch.einsum("sbhd,tbhd->bhst", q, k) * scale
+    position = torch.arange(length - n, length, device=key.device).unsqueeze(1)
+    other = torch.arange(length, device=key.device)
+    seen = other <= position
+    if window is not None:
+        seen &= other > position - window
+    return logits.masked_fill(~seen, -math.inf)
+
+
+def check_query_groups(num_attention_heads: int, num_query_groups: int) -> None:
+    """Raise ValueError when key heads do not divide query heads."""
+    if num_attention_heads % num_query_groups:
+        raise ValueError(
+            f"num_attention_heads ({num_attention_heads}) must be divisible by num_query_groups ({num_query_groups}): "
+            "every key/value head serves the same number of query heads."
+        )
 
 
 def _window(config: TransformerConfig, layer_number: int, window: int | None) -> int | None:

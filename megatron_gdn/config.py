@@ -8,7 +8,7 @@ a GPU, Megatron or a process group, so a wrong value is reported before any of t
 
 import difflib
 import re
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -70,6 +70,8 @@ class AttentionConfig:
     """RMSNorm of each q and k head."""
     output_gate: bool = False
     """Multiply the output by sigmoid of a gate that is projected beside q (Qwen3-Next)."""
+    num_query_groups: Positive | None = None
+    """Key/value heads; None: the model's."""
 
 
 @_section
@@ -120,6 +122,9 @@ class ModelConfig:
     """Options of layers `*`."""
     sliding_attention: AttentionConfig = Field(default_factory=lambda: AttentionConfig(window=2048))
     """Options of layers `S`."""
+    attention_layers: dict[Positive, dict[str, Any]] = Field(default_factory=dict)
+    """Options of single attention layers in place of their symbol's, by the layer's number from 1, such as
+    `{4: {window: 512}, 12: {rope: false}}`."""
     zero_centered_norm: bool = False
     """Norms multiply by 1 + weight, and the weight starts at 0."""
     vocab_size: Positive | None = None
@@ -136,6 +141,8 @@ class ModelConfig:
     / sqrt(2 * layers), those of Gated DeltaNet not; embeddings normal with 0.02."""
     init_method_std: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of the initial weights of initialization megatron."""
+    provider: Literal["local", "te"] = "local"
+    """Who makes linear layers and norms: Megatron's own modules, or Transformer Engine's, which need CUDA."""
     kernel_backend: Literal["auto", "torch", "triton", "fla"] = "auto"
     """Backend of the kernels of Gated DeltaNet and Mamba2; auto: triton on CUDA, torch on a CPU."""
     attention_backend: Literal["auto", "torch", "te", "flash", "flex"] = "auto"
@@ -153,6 +160,7 @@ class ModelConfig:
                 f"linear_num_value_heads ({values}) must be divisible by linear_num_key_heads ({keys}): "
                 f"use {keys * max(1, values // keys)} value heads."
             )
+        self._check_attention_layers()
         if symbols & {"S", "*"}:
             self._check_attention()
         if "M" in symbols and self.mamba_num_heads % self.mamba_num_groups:
@@ -166,24 +174,71 @@ class ModelConfig:
         """Mixers that the pattern names."""
         return {layer.symbol for layer in parse_pattern(self.pattern)}
 
+    @property
+    def attention_head_dim(self) -> int:
+        """Size of an attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
     def _check_attention(self) -> None:
-        heads, groups = self.num_attention_heads, self.num_query_groups
+        heads = self.num_attention_heads
         if self.kv_channels is None and self.hidden_size % heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be divisible by num_attention_heads ({heads}): set kv_channels "
                 "or change the number of heads."
             )
-        if groups is not None and heads % groups:
+        for number, layer in enumerate(parse_pattern(self.pattern), start=1):
+            if layer.symbol in ("S", "*"):
+                self._check_attention_layer(layer.symbol, self.attention_options(number))
+
+    def _check_attention_layer(self, symbol: str, options: AttentionConfig) -> None:
+        heads, groups = self.num_attention_heads, options.num_query_groups
+        if heads % groups:
             raise ValueError(
                 f"num_attention_heads ({heads}) must be divisible by num_query_groups ({groups}): every key/value head "
                 "serves the same number of query heads."
             )
-        if "*" in self.symbols and self.full_attention.window is not None:
-            raise ValueError(
-                f"full_attention.window ({self.full_attention.window}) must be null: layers with a window are S."
-            )
-        if "S" in self.symbols and self.sliding_attention.window is None:
+        if symbol == "*" and options.window is not None:
+            raise ValueError(f"full_attention.window ({options.window}) must be null: layers with a window are S.")
+        if symbol == "S" and options.window is None:
             raise ValueError("sliding_attention.window (null) must be a number of tokens: full attention is *.")
+        turned = int(self.attention_head_dim * options.rotary_percent)
+        if options.rope and (turned < 2 or turned % 2):
+            raise ValueError(
+                f"rotary_percent ({options.rotary_percent}) of attention heads of {self.attention_head_dim} must be an "
+                f"even number of dimensions, not {turned}: dimensions turn in pairs; change it, kv_channels, or set "
+                "rope to false."
+            )
+
+    def attention_options(self, number: int) -> AttentionConfig:
+        """Options of an attention layer, those of `attention_layers` and the model's key/value heads filled in.
+
+        Args:
+            number: of the layer, from 1.
+        """
+        layers = parse_pattern(self.pattern)
+        symbol = layers[number - 1].symbol
+        options = self.sliding_attention if symbol == "S" else self.full_attention
+        groups = options.num_query_groups or self.num_query_groups or self.num_attention_heads
+        return replace(options, **{"num_query_groups": groups, **self.attention_layers.get(number, {})})
+
+    def _check_attention_layers(self) -> None:
+        layers, known = parse_pattern(self.pattern), [field.name for field in fields(AttentionConfig)]
+        attention = [number for number, layer in enumerate(layers, start=1) if layer.symbol in ("S", "*")]
+        for number, options in self.attention_layers.items():
+            if number not in attention:
+                raise ValueError(
+                    f"attention_layers has options of layer {number}, which must be one of the attention layers of the "
+                    f"pattern: {', '.join(map(str, attention)) or 'there are none'}."
+                )
+            for key in options.keys() - set(known):
+                near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or known
+                raise ValueError(f"attention_layers.{number}.{key} is not a known key: did you mean {', '.join(near)}?")
+            try:
+                self.attention_options(number)
+            except ValidationError as error:
+                details = error.errors()[0]
+                name = ".".join(["attention_layers", str(number), *map(str, details["loc"])])
+                raise ValueError(f"{name} ({details['input']!r}): {_lower(details['msg'])}.") from None
 
 
 _NEEDED_FIELDS = {
@@ -385,16 +440,12 @@ class Config:
 
     def __post_init__(self):
         model, parallel, training = self.model, self.parallel, self.training
-        heads = {"ffn_hidden_size": model.ffn_hidden_size}
-        if model.symbols & {"S", "*"}:
-            heads["num_attention_heads"] = model.num_attention_heads
-            heads["num_query_groups"] = model.num_query_groups or model.num_attention_heads
-        for name, value in heads.items():
-            if value % parallel.tensor:
-                raise ValueError(
-                    f"model.{name} ({value}) must be divisible by parallel.tensor ({parallel.tensor}): "
-                    f"use {-(-value // parallel.tensor) * parallel.tensor} or a smaller parallel.tensor."
-                )
+        if model.ffn_hidden_size % parallel.tensor:
+            raise ValueError(
+                f"model.ffn_hidden_size ({model.ffn_hidden_size}) must be divisible by parallel.tensor "
+                f"({parallel.tensor}): use {-(-model.ffn_hidden_size // parallel.tensor) * parallel.tensor} or a "
+                "smaller parallel.tensor."
+            )
         if model.vocab_multiple % parallel.tensor:
             raise ValueError(
                 f"model.vocab_multiple ({model.vocab_multiple}) must be divisible by parallel.tensor "
@@ -529,7 +580,11 @@ def _explain(error: dict) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return message if not location else f"{name}: {message}"
-    return f"{name} ({error['input']!r}): {message[0].lower()}{message[1:]}."
+    return f"{name} ({error['input']!r}): {_lower(message)}."
+
+
+def _lower(message: str) -> str:
+    return f"{message[0].lower()}{message[1:]}"
 
 
 def _known_keys(location: list[str]) -> list[str]:

@@ -7,13 +7,12 @@ allocators.
 """
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_gdn.config import Config, ModelConfig
 from megatron_gdn.hybrid.pattern import parse_pattern
 from megatron_gdn.kernels.varlen import CHUNK_SIZE
-from megatron_gdn.sections import gated_delta_net_sections, local_sizes, mamba2_sections
+from megatron_gdn.sections import gated_delta_net_sections, held_heads, local_sizes, mamba2_sections
 
 BYTES = {"fp32": 4, "bf16": 2}
 # Dense bf16 on tensor cores, FLOP/s, from NVIDIA's data sheets; a part of the device's name tells which.
@@ -146,27 +145,33 @@ def mean_context(sequence_length: int, window: int | None) -> float:
     return (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
 
 
-def attention_cost(sizes: _Sizes, *, sliding: bool) -> LayerCost:
-    """An attention mixer with the norm before it; executed FLOPs count no pair outside the window."""
+def attention_cost(sizes: _Sizes, number: int) -> LayerCost:
+    """The attention mixer of a layer with the norm before it; executed FLOPs count no pair outside the window.
+
+    Args:
+        sizes: of the model.
+        number: of the layer, from 1.
+    """
     model, tp, h = sizes.model, sizes.tensor, sizes.hidden
-    options = model.sliding_attention if sliding else model.full_attention
-    heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
-    size = model.kv_channels or h // heads
-    queries = heads * size * (2 if options.output_gate else 1)
-    rows = queries + 2 * groups * size
-    linear = h * rows + heads * size * h
+    options = model.attention_options(number)
+    heads, groups = model.num_attention_heads, options.num_query_groups
+    size, gates = model.attention_head_dim, 2 if options.output_gate else 1
+    linear = h * size * (heads * (gates + 1) + 2 * groups)
+    held, held_groups = (count / tp for count in held_heads(heads, groups, tp))  # by a rank, ghosts included
     context = mean_context(sizes.sequence_length, options.window)
     norms = 2 * size if options.qk_norm else 0
-    kept = rows * (2 if options.qk_norm else 1) + 2 * heads * size
+    rows = size * (held * gates + 2 * held_groups)
+    kept = rows * (2 if options.qk_norm else 1) + 2 * held * size
     cached = min(options.window or sizes.sequence_length, sizes.sequence_length)
     return LayerCost(
-        name="sliding-window attention" if sliding else "full attention",
+        name=("full attention" if options.window is None else "sliding-window attention")
+        + (f" of layer {number}" if number in model.attention_layers else ""),
         parameters=h + linear + norms,
-        rank_parameters=h + linear // tp + norms,
+        rank_parameters=h + round(h * (rows + held * size)) + norms,
         flops=2 * linear + 4 * heads * size * context,
         # The backward pass multiplies scores once more, and four products instead of two.
         executed_flops=6 * linear + 14 * heads * size * context,
-        activation_bytes=sizes.input_bytes + kept * sizes.element / tp + heads / tp * 4,
+        activation_bytes=sizes.input_bytes + kept * sizes.element + held * 4,
         state_bytes=2 * groups * size * cached * sizes.element,
         column_linears=1,
         row_linears=1,
@@ -218,12 +223,17 @@ def output_cost(sizes: _Sizes, vocab_size: int) -> LayerCost:
     )
 
 
-_MIXERS: dict[str, Callable[[_Sizes], LayerCost]] = {
-    "G": gated_delta_net_cost,
-    "M": mamba2_cost,
-    "S": lambda sizes: attention_cost(sizes, sliding=True),
-    "*": lambda sizes: attention_cost(sizes, sliding=False),
-}
+def mixer_cost(sizes: _Sizes, number: int, symbol: str) -> LayerCost:
+    """The mixer of a layer with the norm before it.
+
+    Args:
+        sizes: of the model.
+        number: of the layer, from 1.
+        symbol: a key of `megatron_gdn.hybrid.pattern.MIXERS`.
+    """
+    if symbol == "G":
+        return gated_delta_net_cost(sizes)
+    return mamba2_cost(sizes) if symbol == "M" else attention_cost(sizes, number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,11 +420,12 @@ def model_cost(config: Config, *, vocab_size: int, data_parallel: int = 1) -> Mo
     padded = math.ceil(vocab_size / multiple) * multiple
     layers = parse_pattern(config.model.pattern)
     stages: list[list[LayerCost]] = []
+    number = 0
     for size in stage_sizes(config):
-        start = sum(_num_mixers(stage) for stage in stages)
         stages.append([])
-        for layer in layers[start : start + size]:
-            stages[-1].append(_MIXERS[layer.symbol](sizes))
+        for layer in layers[number : number + size]:
+            number += 1
+            stages[-1].append(mixer_cost(sizes, number, layer.symbol))
             if layer.mlp:
                 stages[-1].append(mlp_cost(sizes))
     stages[0].insert(0, embedding_cost(sizes, padded))
@@ -426,10 +437,6 @@ def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a device such as "NVIDIA H100 80GB HBM3"; None for one that `PEAK_FLOPS` does not know."""
     found = [name for name in PEAK_FLOPS if name in device_name]
     return PEAK_FLOPS[max(found, key=len)] if found else None
-
-
-def _num_mixers(layers: Sequence[LayerCost]) -> int:
-    return sum(layer.name not in ("MLP", "embedding", "output") for layer in layers)
 
 
 def _sizes(config: Config) -> _Sizes:

@@ -284,7 +284,9 @@ class GatedDeltaNet(MegatronModule):
             backend=self.backend,
         )
         if self.observer is not None:
-            self.observer({"alpha": g.exp(), "beta": beta, "state": state} | ({} if z is None else {"gate": z}))
+            own = self.sections["in_proj_ba"][0].local_heads(self.tp_rank, self.tp_size)
+            seen = {"alpha": g.exp()[..., :own], "beta": beta[..., :own], "state": state[:, :own]}
+            self.observer(seen if z is None else seen | {"gate": z[:, :, :own]})
         y = self.out_norm(o, z).flatten(2)
         y = pad_ghosts(y, self._local_rows("out_proj"), dim=2)
         return self.out_proj(y.transpose(0, 1).contiguous())

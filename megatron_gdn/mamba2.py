@@ -378,7 +378,9 @@ class Mamba2(MegatronModule):
             backend=self.backend,
         )
         if self.observer is not None:
-            self.observer({"alpha": (dt * A).exp(), "state": state, "gate": z})
+            own = self.sections["in_proj_dt"][0].local_heads(self.tp_rank, self.tp_size)
+            gate = z[..., : own * self.head_dim]
+            self.observer({"alpha": (dt * A).exp()[..., :own], "state": state[:, :own], "gate": gate})
         y = self.norm(y.flatten(2), z)
         return self.out_proj(y.transpose(0, 1).contiguous())
 

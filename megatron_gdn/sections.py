@@ -42,6 +42,11 @@ class Section:
         num_units, unit_rows = self.num_heads // self.heads_per_unit, self.heads_per_unit * self.head_dim
         return slice(rank * num_units // size * unit_rows, (rank + 1) * num_units // size * unit_rows)
 
+    def local_heads(self, rank: int, size: int) -> int:
+        """Heads of the section that a rank owns, ghosts not counted."""
+        rows = self.local_rows(rank, size)
+        return (rows.stop - rows.start) // self.head_dim
+
     def padded_rows(self, size: int) -> int:
         """Rows that every one of `size` ranks holds, ghosts included."""
         return math.ceil(self.num_heads // self.heads_per_unit / size) * self.heads_per_unit * self.head_dim
@@ -109,6 +114,47 @@ def mamba2_sections(*, num_heads: int, head_dim: int, num_groups: int, state_dim
         "norm": [replace(x, name="")],
         "out_proj": [replace(x, name="")],
     }
+
+
+def attention_sections(
+    *, num_attention_heads: int, num_query_groups: int, head_dim: int, output_gate: bool = False
+) -> dict[str, list[Section]]:
+    """Sections of each fused weight of an attention layer.
+
+    Megatron's linear_qkv has, for each key head, the rows of its query heads, their gates, its k and its v.
+
+    Args:
+        num_attention_heads, num_query_groups: query heads, and key heads, which divide them.
+        head_dim: size of a head.
+        output_gate: whether gates are projected.
+
+    Returns:
+        Sections by the name of the weight's module, each the whole weight.
+    """
+    per_group = num_attention_heads // num_query_groups
+    rows = (per_group * (2 if output_gate else 1) + 2) * head_dim
+    heads = Section(name="", num_heads=num_attention_heads, head_dim=head_dim, heads_per_unit=per_group)
+    return {
+        "linear_qkv": [Section(name="", num_heads=num_query_groups, head_dim=rows)],
+        "linear_proj": [heads],
+    }
+
+
+def held_heads(num_attention_heads: int, num_query_groups: int, tp_size: int) -> tuple[int, int]:
+    """Query and key heads that all ranks hold together.
+
+    As many as the layer has where the ranks divide its key heads, or share them evenly; else every rank holds as many
+    key heads, with their query heads, as the one that owns most, some of them ghosts.
+
+    Args:
+        num_attention_heads, num_query_groups: of the layer.
+        tp_size: tensor_model_parallel_size.
+    """
+    heads, groups = num_attention_heads, num_query_groups
+    if groups % tp_size == 0 or (tp_size % groups == 0 and heads % tp_size == 0):
+        return heads, groups
+    padded = math.ceil(groups / tp_size) * tp_size
+    return heads // groups * padded, padded
 
 
 def swiglu_sections(ffn_hidden_size: int) -> list[Section]:

@@ -79,6 +79,31 @@ def test_counts(written, value):
             r"sliding_attention.window \(null\) must be a number of tokens",
         ),
         (["model.sliding_attention.window=0"], r"model.sliding_attention.window \('?0'?\): input should be greater"),
+        (
+            ["model.pattern=S-", "model.num_attention_heads=4", "model.attention_layers={2: {window: 4}}"],
+            r"attention_layers has options of layer 2, which must be one of the attention layers of the pattern: 1",
+        ),
+        (["model.attention_layers={1: {window: 4}}"], r"attention layers of the pattern: there are none"),
+        (
+            ["model.pattern=S-", "model.num_attention_heads=4", "model.attention_layers={1: {windw: 4}}"],
+            r"attention_layers.1.windw is not a known key: did you mean window\?",
+        ),
+        (
+            ["model.pattern=S-", "model.num_attention_heads=4", "model.attention_layers={1: {window: 0}}"],
+            r"attention_layers.1.window \(0\): input should be greater than 0",
+        ),
+        (
+            ["model.pattern=*-", "model.num_attention_heads=4", "model.attention_layers={1: {window: 8}}"],
+            r"full_attention.window \(8\) must be null: layers with a window are S",
+        ),
+        (
+            ["model.pattern=*-", "model.num_attention_heads=4", "model.attention_layers.1.num_query_groups=3"],
+            r"num_attention_heads \(4\) must be divisible by num_query_groups \(3\)",
+        ),
+        (
+            ["model.pattern=*-", "model.num_attention_heads=4", "model.full_attention.rotary_percent=0.3"],
+            r"rotary_percent \(0.3\) of attention heads of 32 must be an even number of dimensions, not 9",
+        ),
         (["model.sliding_attention.windw=4"], r"model.sliding_attention.windw is not a known key: did you mean"),
         (
             ["training.train_tokens=16384"],

@@ -11,12 +11,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
 from megatron_gdn import initialization as init
+from megatron_gdn.attention import HybridSelfAttention
 from megatron_gdn.config import ModelConfig, ParallelConfig
 from megatron_gdn.gated_delta_net import GatedDeltaNet
 from megatron_gdn.hybrid.layer_specs import decoder_spec
 from megatron_gdn.hybrid.pattern import parse_pattern
 from megatron_gdn.mamba2 import Mamba2
-from megatron_gdn.sections import swiglu_sections
+from megatron_gdn.sections import held_heads, swiglu_sections
 
 _OWN_WEIGHTS = (GatedDeltaNet, Mamba2)
 """Mixers that draw their weights themselves."""
@@ -34,11 +35,10 @@ def transformer_config(
     """
     attention = dict(num_attention_heads=parallel.tensor, kv_channels=1)  # a model without attention; the host asks
     if model.symbols & {"S", "*"}:
-        attention = dict(
-            num_attention_heads=model.num_attention_heads,
-            num_query_groups=model.num_query_groups,
-            kv_channels=model.kv_channels,
-        )
+        groups = model.num_query_groups or model.num_attention_heads
+        # The host wants numbers that the ranks divide; each layer is told its own.
+        heads, groups = held_heads(model.num_attention_heads, groups, parallel.tensor)
+        attention = dict(num_attention_heads=heads, num_query_groups=groups, kv_channels=model.attention_head_dim)
     num_layers = len(parse_pattern(model.pattern))
     return TransformerConfig(
         num_layers=num_layers,
@@ -57,6 +57,8 @@ def transformer_config(
         layernorm_epsilon=model.norm_epsilon,
         **_init_methods(model, num_layers),
         normalization="RMSNorm",
+        layernorm_zero_centered_gamma=model.zero_centered_norm,
+        transformer_impl="transformer_engine" if model.provider == "te" else "local",
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=F.silu,
@@ -169,9 +171,13 @@ def initialize_weights(model: GPTModel, config: TransformerConfig, seed: int) ->
     """
     tp_group = parallel_state.get_tensor_model_parallel_group()
     shard = dict(seed=seed, rank=tp_group.rank(), size=tp_group.size())
+    in_sections = {}
+    for module in model.modules():
+        if isinstance(module, HybridSelfAttention) and module.has_ghosts:
+            in_sections |= {id(getattr(module, name).weight): sections for name, sections in module.sections.items()}
     own = {id(param) for module in model.modules() if isinstance(module, _OWN_WEIGHTS) for param in module.parameters()}
     for name, param in _global_names(model):
-        if id(param) in own or name.endswith("norm.weight"):
+        if id(param) in own or name.endswith(("norm.weight", "layer_norm_weight")):
             continue
         if name.endswith("linear_fc1.weight"):
             sections = swiglu_sections(config.ffn_hidden_size)
@@ -186,7 +192,10 @@ def initialize_weights(model: GPTModel, config: TransformerConfig, seed: int) ->
             ("linear_fc2.weight", config.output_layer_init_method, 1),
         ):
             if name.endswith(suffix):
-                init.fill_sharded(param, name=name, init_method=method, dim=dim, **shard)
+                if id(param) in in_sections:
+                    init.fill_sections(param, in_sections[id(param)], name=name, init_method=method, dim=dim, **shard)
+                else:
+                    init.fill_sharded(param, name=name, init_method=method, dim=dim, **shard)
                 init.mark_sharded(param, dim)
                 break
         else:

@@ -10,8 +10,9 @@
 | health/layer_03/attention_max_logit | largest logit of the last queries |
 
 Layers count from 1 over all pipeline stages. A sample is the first micro-batch of a step on every rank; means and
-quantiles are averaged over tensor- and data-parallel ranks, maxima are maxima. Mixers that can be observed have an
-attribute `observer`, None unless a sample is wanted.
+quantiles are averaged over tensor- and data-parallel ranks, each with the weight of its heads, and maxima are maxima.
+Ghost heads are left out, and so is attention under context parallelism, where no rank has all keys. Mixers that can be
+observed have an attribute `observer`, None unless a sample is wanted.
 """
 
 import math
@@ -23,7 +24,6 @@ from torch import Tensor
 
 _QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
 _MAX_VALUES = 2**14
-_NUM_QUERIES = 16
 
 Observer = Callable[[dict[str, Tensor]], None]
 
@@ -37,7 +37,7 @@ class HealthMonitor:
 
     def __init__(self, model: torch.nn.Module):
         self._mixers = [module for module in model.modules() if hasattr(module, "observer")]
-        self._found: dict[str, Tensor] = {}
+        self._found: dict[str, tuple[Tensor, int]] = {}
 
     def start(self) -> None:
         """Sample the next forward pass of every mixer."""
@@ -48,9 +48,10 @@ class HealthMonitor:
         """What the ranks found since `start`, by tag; collective."""
         for mixer in self._mixers:
             mixer.observer = None
-        mine = {name: value.item() for name, value in self._found.items()}  # waits for the device
+        # Waits for the device.
+        mine = {name: (value.item(), weight) for name, (value, weight) in self._found.items()}
         self._found = {}
-        everyone: list[dict[str, float]] = [mine]
+        everyone: list[dict[str, tuple[float, int]]] = [mine]
         if dist.is_initialized():
             everyone = [{} for _ in range(dist.get_world_size())]
             dist.all_gather_object(everyone, mine)
@@ -62,7 +63,9 @@ class HealthMonitor:
             prefix = f"health/layer_{mixer.layer_number:02d}/"
             with torch.no_grad():
                 for name, value in tensors.items():
-                    self._found |= {prefix + tag: number for tag, number in _summarize(name, value.detach())}
+                    if weight := value.numel():  # a rank may own no head
+                        found = _summarize(name, value.detach())
+                        self._found |= {prefix + tag: (number, weight) for tag, number in found}
 
         return observe
 
@@ -78,40 +81,21 @@ def _summarize(name: str, value: Tensor) -> Iterable[tuple[str, Tensor]]:
         yield "attention_max_logit", finite.amax()
         return
     values = value.flatten()
-    values = values[:: max(1, math.ceil(len(values) / _MAX_VALUES))].float()
+    step = max(1, math.ceil(len(values) / _MAX_VALUES))
+    while math.gcd(step, len(values)) > 1:  # a step that heads divide would always meet the same head
+        step += 1
+    values = values[::step].float()
     yield f"{name}_mean", values.mean()
     quantiles = torch.quantile(values, torch.tensor(list(_QUANTILES.values()), device=values.device))
     for label, quantile in zip(_QUANTILES, quantiles, strict=True):
         yield f"{name}_{label}", quantile
 
 
-def _joined(everyone: list[dict[str, float]]) -> dict[str, float]:
+def _joined(everyone: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
     names = sorted({name for found in everyone for name in found})
     joined = {}
     for name in names:
-        values = [found[name] for found in everyone if name in found]
-        joined[name] = max(values) if name.endswith("max_logit") else sum(values) / len(values)
+        values, weights = zip(*(found[name] for found in everyone if name in found), strict=True)
+        mean = sum(map(math.prod, zip(values, weights, strict=True))) / sum(weights)
+        joined[name] = max(values) if name.endswith("max_logit") else mean
     return joined
-
-
-def last_logits(query: Tensor, key: Tensor, *, scale: float, window: int | None = None) -> Tensor:
-    """Logits of the last queries of a sequence, for `attention_entropy` and `attention_max_logit`.
-
-    Args:
-        query, key: `[s, b, heads, D]`; a key head serves neighbouring query heads.
-        scale: of the logits.
-        window: tokens that a query sees, itself included; None: all before it.
-
-    Returns:
-        `[b, heads, n, s]` float32, n of at most 16 queries, -inf where a query does not see a key.
-    """
-    length, n = len(key), min(_NUM_QUERIES, len(query))
-    group = query.shape[2] // key.shape[2]
-    q, k = query[-n:].float(), key.float().repeat_interleave(group, dim=2)
-    logits = torch.einsum("sbhd,tbhd->bhst", q, k) * scale
-    position = torch.arange(length - n, length, device=key.device).unsqueeze(1)
-    other = torch.arange(length, device=key.device)
-    seen = other <= position
-    if window is not None:
-        seen &= other > position - window
-    return logits.masked_fill(~seen, -math.inf)

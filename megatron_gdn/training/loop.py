@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 
 from megatron_gdn.config import Config, ConfigError, check_world, dump_config
 from megatron_gdn.cost import model_cost, peak_flops
+from megatron_gdn.providers import get_provider
 from megatron_gdn.training.checkpoint import CheckpointStore
 from megatron_gdn.training.data import TrainingBatches, build_datasets, read_vocabulary
 from megatron_gdn.training.engine import MegatronEngine
@@ -31,12 +32,14 @@ def pretrain(config: Config, *, resume: bool = False) -> None:
 
     Raises:
         ConfigError: a setting that cannot work, before any process group exists.
+        MissingPackageError: Transformer Engine is asked for and cannot be used, likewise.
         DatasetError: data that is missing, broken or does not fit the vocabulary, likewise.
         CheckpointError: checkpoints exist and none is valid.
     """
     launch = Launch.from_environment()
     check_world(config, launch.world_size)
     check_validation(config, launch.world_size)
+    get_provider(config.model.provider)
     vocabulary = read_vocabulary(config.data.train + config.data.validation, vocab_size=config.model.vocab_size)
     output_dir = Path(config.run.output_dir)
     if launch.rank == 0:

@@ -1,6 +1,7 @@
 """Hybrid models in plain PyTorch, written from the formulas: no chunks, no shards, weights by their keys on disk."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ def logits(model: ModelConfig, weights: dict[str, Tensor], tokens: Tensor) -> Te
         own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
         h = norm(x, f"decoder.layers.{layer}.input_layernorm.weight")
         options = model.sliding_attention if symbol == "S" else model.full_attention
+        options = replace(options, **model.attention_layers.get(layer + 1, {}))
         x = x + {"G": gated_delta_net, "M": mamba2, "S": attention, "*": attention}[symbol](h, own, model, options)
     x = norm(x, "decoder.final_layernorm.weight")
     return x @ weights["output_layer.weight"].T
@@ -94,7 +96,8 @@ def mamba2(h: Tensor, w: dict[str, Tensor], model: ModelConfig, _) -> Tensor:
 
 
 def attention(h: Tensor, w: dict[str, Tensor], model: ModelConfig, options: AttentionConfig) -> Tensor:
-    heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
+    heads = model.num_attention_heads
+    groups = options.num_query_groups or model.num_query_groups or heads
     D, per_group = model.kv_channels or model.hidden_size // heads, heads // groups
     sizes = [per_group, per_group, 1, 1] if options.output_gate else [per_group, 1, 1]
     fused = (h @ w["linear_qkv.weight"].T).unflatten(-1, (groups, sum(sizes), D)).split(sizes, dim=3)

@@ -17,6 +17,15 @@ PATTERNS = {
         full_attention=dict(rotary_percent=0.5, qk_norm=True, output_gate=True),
         zero_centered_norm=True,
     ),
+    "layers differ": dict(
+        pattern="S-*S-S*-",
+        sliding_attention=dict(window=20, num_query_groups=4),
+        attention_layers={
+            3: dict(window=5, output_gate=True),
+            4: dict(rope=False, num_query_groups=1),
+            5: dict(qk_norm=True),
+        },
+    ),
     "Transformer++": dict(pattern="*-*-"),
     "DeltaNet": dict(pattern="G-", use_decay=False),
     "no MLP": dict(pattern="MG*", mamba_num_groups=2, **MAMBA),
@@ -76,7 +85,7 @@ def losses_on_the_same_samples(config, steps: int = 20):
 
 
 @pytest.mark.parametrize("parallel", [dict(tensor=2), dict(tensor=2, sequence=True), dict(pipeline=2)], ids=str)
-@pytest.mark.parametrize("name", ["H1", "H2", "3:1"])
+@pytest.mark.parametrize("name", ["H1", "H2", "3:1", "layers differ"])
 def test_layouts_equal_one_process(name, parallel):
     """Losses, gradient norms and weights of three steps; H2's three layers do not divide over two stages."""
     [reference] = pool(1).run(train_steps, run_config(**PATTERNS[name]), groups={})

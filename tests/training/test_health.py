@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_gdn.training.health import last_logits
+from megatron_gdn.attention import last_logits
 from megatron_gdn.training.metrics import read_metrics
 from tests import gdn_layer
 from tests.ranks import pool
@@ -55,6 +55,72 @@ def test_means_are_over_all_heads():
     for name in one:
         if name.endswith("_mean"):
             assert two[0][name] == pytest.approx(one[name], rel=1e-5), name
+
+
+def test_a_sample_meets_every_head():
+    """More values than are kept: 9 heads, where every ninth value would be the same head's."""
+    from megatron_gdn.training.health import _MAX_VALUES, _summarize
+
+    value = torch.arange(9.0).repeat(_MAX_VALUES).unflatten(0, (1, -1, 9))
+    found = {name: number.item() for name, number in _summarize("alpha", value)}
+    assert found["alpha_mean"] == pytest.approx(4.0, rel=1e-3)
+    assert (found["alpha_p05"], found["alpha_p50"], found["alpha_p95"]) == (0.0, 4.0, 8.0)
+
+
+def sample_of_a_hybrid(overrides):
+    """Of a Mamba2, a Gated DeltaNet and an attention layer with three heads; and with documents packed."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    from megatron_gdn.hybrid.model import build_model, transformer_config
+    from megatron_gdn.training.health import HealthMonitor
+    from tests.training.test_engine import run_config
+
+    config = run_config("MG-S", **overrides)
+    size = torch.distributed.get_world_size()
+    config.parallel.tensor = size
+    host = transformer_config(config.model, config.parallel)
+    model = build_model(host, config.model, vocab_size=256, max_sequence_length=40, seed=5)
+    monitor, found = HealthMonitor(model), []
+    text = torch.randint(256, (1, 40), generator=torch.Generator().manual_seed(2))
+    bounds = torch.tensor([0, 23, 40, 40], dtype=torch.int32)  # the last document is empty
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=23)
+    for tokens, documents in ((text, packed), (text[:, 23:], None), (text[:, 23:], None)):
+        monitor.start()
+        with torch.no_grad():
+            model(tokens, torch.arange(tokens.shape[1]).expand(tokens.shape), None, packed_seq_params=documents)
+        found.append(monitor.take())
+    return found
+
+
+THREE_HEADS = dict(
+    linear_num_key_heads=3,
+    linear_num_value_heads=3,
+    num_attention_heads=3,
+    num_query_groups=3,
+    kv_channels=8,
+    mamba_num_heads=3,
+    mamba_head_dim=8,
+    mamba_state_dim=8,
+    sliding_attention=dict(window=9),
+    kernel_backend="torch",
+)
+
+
+def test_ghosts_and_other_documents_are_left_out():
+    [(packed, alone, again)] = pool(1).run(sample_of_a_hybrid, THREE_HEADS, groups={})
+    assert alone == again
+    names = {name.split("/")[-1] for name in alone}
+    assert {"alpha_mean", "beta_p50", "gate_p95", "state_rms", "attention_entropy", "attention_max_logit"} <= names
+    attention = "health/layer_03/attention_"
+    for name in ("entropy", "max_logit"):  # of the last document
+        assert packed[attention + name] == pytest.approx(alone[attention + name], rel=1e-4)
+    # Two heads and one, and a ghost beside the one.
+    groups = dict(tensor_model_parallel_size=2)
+    for _, found, _ in pool(2).run(sample_of_a_hybrid, THREE_HEADS, groups=groups):
+        assert found.keys() == alone.keys()
+        for name in found:
+            if name.endswith(("_mean", "entropy", "max_logit")):
+                assert found[name] == pytest.approx(alone[name], rel=1e-4), name
 
 
 def test_last_logits():

@@ -73,6 +73,8 @@ def _common_obstacles(model: ModelConfig) -> list[str]:
         found.append("its state always decays (use_decay is false)")
     if not model.use_qk_l2norm:
         found.append("it always normalises q and k (use_qk_l2norm is false)")
+    if model.attention_layers or model.sliding_attention.num_query_groups or model.full_attention.num_query_groups:
+        found.append("all attention layers have the options of their symbol and the model's key/value heads")
     return found
 
 

@@ -1,0 +1,70 @@
+"""Who makes the linear layers and norms of a model: Megatron's own modules, or Transformer Engine's.
+
+    part                                      local                                te
+    norms of layers and at the end            RMSNorm, ZeroCenteredRMSNorm         TENorm
+    linear layers                             ColumnParallelLinear,                TEColumnParallelLinear,
+                                              RowParallelLinear                    TERowParallelLinear
+    norm and first linear layer of attention  two modules                          TELayerNormColumnParallelLinear
+    and MLPs
+    gates: in_proj_ba, in_proj_dt             ColumnParallelLinear                 ColumnParallelLinear
+
+Gated DeltaNet and Mamba2 have two projections of the same normed input, so their norm stays a module of its own; the
+small one feeds float32 gates and never runs in FP8. With both providers a checkpoint has the keys of `local`
+(`TE_KEYS`), so either reads what the other wrote.
+"""
+
+from dataclasses import dataclass
+
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+from megatron_gdn.norms import RMSNorm, ZeroCenteredRMSNorm
+from megatron_gdn.optional import require
+
+TE_KEYS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Names inside a layer of fused norms -> their keys on disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """Modules that layers are built from.
+
+    column, row: linear layers, column- and row-parallel.
+    norm: RMSNorm over the hidden states.
+    norm_column: that norm and a column-parallel layer in one; None: two modules.
+    """
+
+    column: type
+    row: type
+    norm: type
+    norm_column: type | None = None
+
+
+def get_provider(name: str, *, zero_centered_norm: bool = False) -> Provider:
+    """The modules of a provider.
+
+    Args:
+        name: "local" or "te".
+        zero_centered_norm: norms multiply by 1 + weight; with "te" the host's `layernorm_zero_centered_gamma` says so,
+            and must be the same.
+
+    Raises:
+        ValueError: an unknown name.
+        MissingPackageError: "te" without Transformer Engine.
+    """
+    if name == "local":
+        norm = ZeroCenteredRMSNorm if zero_centered_norm else RMSNorm
+        return Provider(column=ColumnParallelLinear, row=RowParallelLinear, norm=norm)
+    if name == "te":
+        require("transformer_engine", extra="te", purpose="provider 'te'")
+        from megatron.core.extensions import transformer_engine as te
+
+        return Provider(
+            column=te.TEColumnParallelLinear,
+            row=te.TERowParallelLinear,
+            norm=te.TENorm,
+            norm_column=te.TELayerNormColumnParallelLinear,
+        )
+    raise ValueError(f"provider ({name}) must be 'local' or 'te': Megatron's own modules or Transformer Engine's.")
