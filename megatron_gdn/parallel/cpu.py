@@ -10,6 +10,8 @@ import logging
 import warnings
 
 import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -118,6 +120,7 @@ def install() -> bool:
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     warnings.filterwarnings("ignore", message="full scope is deprecated", module="megatron.core")
     _answer_torch_cuda()
+    _share_gloo_device()
     mode = _CudaLiteralsOnCpu()
     mode.__enter__()
     _installed.append(mode)
@@ -136,6 +139,30 @@ def _keep_in_backward(mode: TorchFunctionMode) -> None:
             return run(*args, **kwargs)
 
     torch.autograd._engine_run_backward = run_under_mode
+
+
+def _share_gloo_device() -> None:
+    """One event loop for all process groups of this process.
+
+    Megatron-Core makes about twenty groups, torch gives each its own loop, and every loop wakes up a hundred times a
+    second for as long as the process lives: idle groups would take a core of a small machine.
+    """
+    if not dist.is_gloo_available():
+        return
+    gloo = c10d.ProcessGroupGloo
+    device = gloo.create_default_device()
+
+    class _Type(type):
+        def __instancecheck__(cls, instance):
+            return isinstance(instance, gloo)
+
+    class ProcessGroupGloo(metaclass=_Type):
+        def __new__(cls, store, rank, size, timeout):
+            options = gloo._Options()
+            options._timeout, options._devices = timeout, [device]
+            return gloo(store, rank, size, options)
+
+    c10d.ProcessGroupGloo = ProcessGroupGloo
 
 
 def _answer_torch_cuda() -> None:

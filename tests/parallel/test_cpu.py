@@ -1,9 +1,13 @@
 """The CPU shim: what Megatron-Core asks of CUDA is answered, and our AdamW equals torch's."""
 
+import os
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_gdn.parallel.cpu import AdamW
+from tests.ranks import pool
 
 
 @pytest.mark.parametrize("adam_w_mode, theirs", [(True, torch.optim.AdamW), (False, torch.optim.Adam)])
@@ -34,7 +38,20 @@ def cuda_calls_on_cpu():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the shim is inert where CUDA exists")
 def test_cuda_calls_are_answered_on_the_cpu():
-    from tests.ranks import pool
-
     pool(2).run(cuda_calls_on_cpu, groups={})
     assert torch.zeros(2).type() == "torch.FloatTensor"  # this process did not install it
+
+
+def _threads_of_groups(count: int) -> int:
+    before = len(os.listdir("/proc/self/task"))
+    groups = [dist.new_group() for _ in range(count)]
+    x = torch.ones(1)
+    for group in groups:
+        dist.all_reduce(x, group=group)
+    assert x.item() == 2.0**count
+    return len(os.listdir("/proc/self/task")) - before
+
+
+def test_process_groups_share_one_event_loop():
+    # Two threads of each group wait for work; a loop of its own would be a third that never sleeps for long.
+    assert pool(2).run(_threads_of_groups, 10) == [20, 20]
