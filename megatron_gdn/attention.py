@@ -32,6 +32,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from megatron_gdn.documents import chunk_table_of
+from megatron_gdn.kernels import ChunkTable
 from megatron_gdn.kernels.sliding_window import check_window, resolve_attention_backend, sliding_window_attention
 from megatron_gdn.norms import HeadRMSNorm
 from megatron_gdn.providers import get_provider
@@ -123,7 +125,7 @@ class SlidingWindowAttention(MegatronModule):
             attention_mask: ignored, as by Transformer Engine: the mask is causal.
             attn_mask_type: None: the one given at the start.
             attention_bias: must be None.
-            packed_seq_params: format thd; reads cu_seqlens_q_padded, else cu_seqlens_q.
+            packed_seq_params: format thd, see `chunk_table_of`.
 
         Returns:
             `[sq, b, np * hn]`; packed `[t, np * hn]`.
@@ -148,15 +150,14 @@ class SlidingWindowAttention(MegatronModule):
             return self._attend(q, k, v).transpose(0, 1).flatten(2)
         if packed_seq_params.qkv_format != "thd":
             raise ValueError(f"qkv_format ({packed_seq_params.qkv_format}) must be thd: pack the documents in one row.")
-        bounds = packed_seq_params.cu_seqlens_q_padded
-        bounds = packed_seq_params.cu_seqlens_q if bounds is None else bounds
+        documents = chunk_table_of(packed_seq_params, device=query.device)
         q, k, v = (x.unsqueeze(0) for x in (query, key, value))
-        return self._attend(q, k, v, bounds).squeeze(0).flatten(1)
+        return self._attend(q, k, v, documents).squeeze(0).flatten(1)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, documents: ChunkTable | None = None) -> Tensor:
         """`[b, s, heads, size]` to `[b, s, np, V]`."""
         options = dict(window=self.window, scale=self.softmax_scale, backend=self.backend)
-        return sliding_window_attention(q, k, v, cu_seqlens=cu_seqlens, **options)
+        return sliding_window_attention(q, k, v, cu_seqlens=documents, **options)
 
 
 class CoreAttention:

@@ -261,6 +261,9 @@ class DataConfig:
     """Shares of train, validation and test documents, such as "95,5,0", when `validation` is empty."""
     cache_dir: str | None = None
     """Folder of Megatron's sample indices; None: output_dir/cache."""
+    documents: Literal["join", "separate"] = "join"
+    """Documents of a sample; join: one text, as Megatron trains. separate: states, convolutions, attention and
+    positions restart with each, and none predicts the next one's first token; their bounds come from the index."""
     eod_mask_loss: bool = False
     """Leave the prediction after an end-of-document token out of the loss."""
     num_workers: NonNegative = 2

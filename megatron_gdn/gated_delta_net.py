@@ -30,12 +30,12 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 
 from megatron_gdn import initialization as init
+from megatron_gdn.documents import chunk_table_of
 from megatron_gdn.kernels import (
     ChunkTable,
     causal_conv1d,
     chunk_gated_delta_rule,
     gated_delta_gate,
-    prepare_chunk_table,
 )
 from megatron_gdn.norms import GatedRMSNorm
 from megatron_gdn.sections import gated_delta_net_sections, local_sizes, pad_ghosts
@@ -250,7 +250,7 @@ class GatedDeltaNet(MegatronModule):
             hidden_states: `[s, b, h]`, with sequence parallelism `[s / tp, b, h]`.
             attention_mask: ignored, the mixer is causal.
             inference_context: must be None.
-            packed_seq_params: documents packed along s with b = 1; reads `cu_seqlens_q`. State and convolution restart
+            packed_seq_params: documents packed along s with b = 1, see `chunk_table_of`. State and convolution restart
                 at each document.
             host_kwargs: rotary embeddings and the like, which the mixer has no use for.
 
@@ -265,9 +265,7 @@ class GatedDeltaNet(MegatronModule):
                 f"inference_context ({type(inference_context).__name__}) must be None: "
                 "Gated DeltaNet has no cached decoding under Megatron; run the whole sequence."
             )
-        documents = None
-        if packed_seq_params is not None:
-            documents = prepare_chunk_table(packed_seq_params.cu_seqlens_q, device=hidden_states.device)
+        documents = chunk_table_of(packed_seq_params, device=hidden_states.device)
         mixed, _ = self.in_proj(hidden_states)  # [s, b, q + k + v + z] of this rank's heads
         gates, _ = self.in_proj_ba(hidden_states)
         q, k, v, z = self._conv_and_split(mixed.transpose(0, 1), documents)

@@ -35,7 +35,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megatron_gdn import initialization as init
-from megatron_gdn.kernels import causal_conv1d, prepare_chunk_table
+from megatron_gdn.documents import chunk_table_of
+from megatron_gdn.kernels import causal_conv1d
 from megatron_gdn.kernels.ssd.api import ssd
 from megatron_gdn.sections import local_sizes, mamba2_sections
 from megatron_gdn.sharded_sections import split_on_disk
@@ -335,7 +336,7 @@ class Mamba2(MegatronModule):
             hidden_states: `[s, b, h]`, with sequence parallelism `[s / tp, b, h]`.
             attention_mask: ignored, the mixer is causal.
             inference_context: must be None.
-            packed_seq_params: documents packed along s with b = 1; reads `cu_seqlens_q`. State and convolution restart
+            packed_seq_params: documents packed along s with b = 1, see `chunk_table_of`. State and convolution restart
                 at each document.
             host_kwargs: rotary embeddings and the like, which the mixer has no use for.
 
@@ -350,9 +351,7 @@ class Mamba2(MegatronModule):
                 f"inference_context ({type(inference_context).__name__}) must be None: "
                 "Mamba2 has no cached decoding under Megatron; run the whole sequence."
             )
-        documents = None
-        if packed_seq_params is not None:
-            documents = prepare_chunk_table(packed_seq_params.cu_seqlens_q, device=hidden_states.device)
+        documents = chunk_table_of(packed_seq_params, device=hidden_states.device)
         mixed, _ = self.in_proj(hidden_states)  # [s, b, z + x + B + C] of this rank
         steps, _ = self.in_proj_dt(hidden_states)  # [s, b, H]
         z, xBC = mixed.transpose(0, 1).split([self._local_rows("norm"), self._local_rows("conv1d")], dim=-1)

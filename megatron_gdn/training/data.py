@@ -20,6 +20,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_gdn.training.indexed import DatasetError, check_dataset
+from megatron_gdn.training.packing import DocumentDataset
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +148,7 @@ def build_datasets(
     vocab_size: int,
     eod_id: int | None,
     eod_mask_loss: bool = False,
+    documents: str = "join",
 ) -> tuple[Dataset, Dataset | None]:
     """Datasets of samples for training and validation; collective where torch.distributed is initialised.
 
@@ -163,6 +165,7 @@ def build_datasets(
         vocab_size: number of ids.
         eod_id: id that ends a document.
         eod_mask_loss: leave the prediction after `eod_id` out of the loss.
+        documents: "join", or "separate" for samples of `DocumentDataset`; the tokens are the same.
 
     Raises:
         DatasetError: a broken dataset, a wrong split, eod_mask_loss without an eod_id, or too few documents.
@@ -206,8 +209,9 @@ def build_datasets(
         create_attention_mask=False,
         **blends,
     )
+    kind = {"join": GPTDataset, "separate": DocumentDataset}[documents]
     sizes = [num_train_samples, num_validation_samples, 0]
-    datasets = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+    datasets = BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, config).build()
     for name, dataset, wanted in zip(("train", "validation"), datasets, sizes, strict=False):
         if wanted and (dataset is None or len(dataset) < wanted):
             raise DatasetError(

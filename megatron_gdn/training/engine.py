@@ -24,9 +24,9 @@ from torch import Tensor
 
 from megatron_gdn.config import Config
 from megatron_gdn.hybrid.model import build_model, padded_vocab_size, transformer_config
+from megatron_gdn.training.packing import Batch, pack
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Batch = dict[str, Tensor]
 
 
 @dataclass(kw_only=True)
@@ -102,7 +102,8 @@ class MegatronEngine:
         """Run the micro-batches of one step through the pipeline.
 
         Args:
-            batches: yields `tokens`, `labels`, `loss_mask`, `position_ids`, each `[micro batch, s]`.
+            batches: yields `tokens`, `labels`, `loss_mask`, `position_ids`, each `[micro batch, s]`; where
+                `data.documents` is separate, one starts where `position_ids` are 0.
             num_microbatches: how many to take.
             forward_only: no gradients.
 
@@ -118,8 +119,7 @@ class MegatronEngine:
             data_iterator=batches,
             model=self.wrapped,
             num_microbatches=num_microbatches,
-            seq_length=self.config.training.sequence_length,
-            micro_batch_size=self.config.training.micro_batch_size,
+            **self._activation_shape,
             forward_only=forward_only,
         )
         total = torch.zeros(2, device=self.device)
@@ -176,8 +176,19 @@ class MegatronEngine:
         """Of the next update."""
         return self.optimizer.param_groups[0]["lr"]
 
+    @property
+    def _activation_shape(self) -> dict[str, int]:
+        """What pipeline stages pass on: rows of samples, or one row that holds all documents of a micro-batch."""
+        rows, tokens = self.config.training.micro_batch_size, self.config.training.sequence_length
+        if self.config.data.documents == "separate":
+            rows, tokens = 1, rows * tokens
+        return dict(seq_length=tokens, micro_batch_size=rows)
+
     def _forward_step(self, batches: Iterator[Batch], model) -> tuple[Tensor, Callable]:
-        batch = {name: value.to(self.device, non_blocking=True) for name, value in next(batches).items()}
+        batch, documents = next(batches), None
+        if self.config.data.documents == "separate":
+            batch, documents = pack(batch, device=self.device)
+        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         loss_mask = batch["loss_mask"].flatten().float()
 
         def loss_function(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -185,7 +196,8 @@ class MegatronEngine:
             num_tokens = loss_mask.sum()
             return loss, num_tokens.to(torch.int), {"loss": torch.stack([loss.detach(), num_tokens])}
 
-        return model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"]), loss_function
+        options = dict(labels=batch["labels"], packed_seq_params=documents)
+        return model(batch["tokens"], batch["position_ids"], None, **options), loss_function
 
 
 def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -125,6 +125,7 @@ class Trainer:
             vocab_size=vocabulary.size,
             eod_id=vocabulary.eod_id,
             eod_mask_loss=config.data.eod_mask_loss,
+            documents=config.data.documents,
         )
         self.vocab_size = vocabulary.size
         self.engine = MegatronEngine.build(config, vocab_size=vocabulary.size, device=device)

@@ -132,7 +132,9 @@ def check_continuation(saved: Config, config: Config) -> None:
         "optimizer": (saved.optimizer, config.optimizer),
         "training": (replace(saved.training, **free), replace(config.training, **free)),
         "run": ({"seed": saved.run.seed}, {"seed": config.run.seed}),
-        "data": tuple({"train": c.data.train, "split": c.data.split} for c in (saved, config)),
+        "data": tuple(
+            {"train": c.data.train, "split": c.data.split, "documents": c.data.documents} for c in (saved, config)
+        ),
     }
     differences = []
     for name, pair in sections.items():

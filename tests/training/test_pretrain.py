@@ -189,6 +189,7 @@ def failure(values, **kwargs) -> str:
     [
         (dict(model={"hidden_size": 32}), "model.hidden_size: 16 in the checkpoint, 32 now"),
         (dict(optimizer={"lr": 5e-3}), "optimizer.lr: 0.01 in the checkpoint, 0.005 now"),
+        (dict(data={"documents": "separate"}), "data.documents: 'join' in the checkpoint, 'separate' now"),
         (dict(run={"seed": 7}), "run.seed: 1234 in the checkpoint, 7 now"),
     ],
 )

@@ -1,0 +1,59 @@
+"""Samples whose documents stay apart: positions restart with each, and nothing is predicted from one into the next.
+
+Where a document starts comes from the sample index, which knows the pieces a sample was made of, and never from
+end-of-document ids: text may hold such an id, and a corpus may be built without.
+"""
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from torch import Tensor
+
+from megatron_gdn.documents import PackedDocuments
+
+Batch = dict[str, Tensor]
+
+
+class DocumentDataset(GPTDataset):
+    """GPTDataset in the same order with the same tokens, and with bounds of documents.
+
+    `position_ids` start at 0 with each document, and `loss_mask` is 0 where the label is another document's first
+    token. A sample may start inside a document; its positions start at 0 there too.
+    """
+
+    def __getitem__(self, idx: int) -> Batch:
+        """One sample; as GPTDataset's, except for `position_ids` and `loss_mask`."""
+        sample = super().__getitem__(idx)
+        lengths = self._part_lengths(idx)
+        starts = np.cumsum(lengths) - lengths
+        positions = torch.from_numpy(np.arange(lengths.sum()) - np.repeat(starts, lengths))
+        # The label of token i is token i + 1. Megatron caches the mask, so it is not written to.
+        mask = sample["loss_mask"] * (positions[1:] != 0)
+        return sample | {"position_ids": positions[:-1].contiguous(), "loss_mask": mask}
+
+    def _part_lengths(self, idx: int) -> np.ndarray:
+        """Tokens of each part of a sample with the token that follows it, padding being the last part."""
+        index = self.shuffle_index[idx]
+        (first, start), (last, end) = self.sample_index[index : index + 2].astype(np.int64)
+        documents = np.asarray(self.document_index[first : last + 1])
+        lengths = self.dataset.sequence_lengths[documents].astype(np.int64)
+        lengths[-1] = end + 1
+        lengths[0] -= start
+        missing = self.config.sequence_length + 1 - lengths.sum()
+        return np.append(lengths, missing) if missing else lengths
+
+
+def pack(batch: Batch, *, device: torch.device) -> tuple[Batch, PackedDocuments]:
+    """Lay the rows of a micro-batch end to end.
+
+    Args:
+        batch: `[b, s]` tensors on the CPU; a document starts where `position_ids` are 0, and so with every row.
+        device: where the model runs.
+
+    Returns:
+        `[1, b s]` tensors on the CPU, and their documents on the device.
+    """
+    batch = {name: value.flatten().unsqueeze(0) for name, value in batch.items()}
+    starts = (batch["position_ids"][0] == 0).nonzero().flatten()
+    bounds = torch.cat([starts, starts.new_tensor([batch["position_ids"].numel()])])
+    return batch, PackedDocuments.of(bounds, device=device)
