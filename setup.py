@@ -34,7 +34,23 @@ setup(
         "fla": ["flash-linear-attention"],
         "triton": ["triton"],  # CUDA builds of torch bring it; needed on a CPU only for the interpreter
         "convert": ["transformers", "safetensors"],
-        "preprocess": [],  # what further input formats will need
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "triton>=3.6; platform_system == 'Linux'"],
+        "preprocess": [
+            "orjson",
+            "gigatoken>=0.10",  # the fast engine; another version is used only where its ids are the same
+            "zstandard>=0.22",
+            "pyarrow",
+            "fsspec",
+            "sentencepiece",
+            "tiktoken",
+        ],
+        "ray": ["ray>=2.40"],  # tokenize_corpus --executor ray; 240 MB
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "webdataset",
+            "triton>=3.6; platform_system == 'Linux'",
+        ],
     },
 )

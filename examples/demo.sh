@@ -16,8 +16,8 @@ echo "== tokenizer and indexed binaries"
 python -m tools.preprocess.train_tokenizer --input examples/data/corpus.jsonl.xz --output "$out/data/tokenizer" \
     --vocab-size 4096
 python -m tools.preprocess.tokenize_corpus --input examples/data/corpus.jsonl.xz --tokenizer "$out/data/tokenizer" \
-    --output-prefix "$out/data/train" --validation-prefix "$out/data/validation" --validation-percent 5 \
-    --append-eod --workers 2
+    --output-prefix "$out/data/all" --append-eod --workers 2
+python -m tools.preprocess.split_dataset "$out/data/all" --shares 95,5 --output-dir "$out/data"
 
 echo "== training, tensor parallelism over 2 processes with sequence parallelism; stops half-way"
 torchrun --standalone --nproc-per-node 2 examples/pretrain.py --config "$recipe" training.exit_after_steps=90

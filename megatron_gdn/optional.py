@@ -30,6 +30,8 @@ _EXTRAS = {
     "fla": "fla",
     "triton": "triton",
     "transformers": "convert",
+    "gigatoken": "preprocess",
+    "ray": "ray",
 }
 _hidden: dict[str, str] = {}  # name -> why
 _APEX_REMEDY = (

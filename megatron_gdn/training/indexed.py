@@ -128,21 +128,6 @@ def check_dataset(prefix: str) -> IndexedFiles:
     return files
 
 
-def open_indexed(prefix: str):
-    """Megatron's reader of a dataset, after `check_dataset`.
-
-    Returns:
-        IndexedDataset of Megatron-Core, whose item i is an array of the tokens of sequence i.
-
-    Raises:
-        DatasetError: see `check_dataset`.
-    """
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    check_dataset(prefix)
-    return IndexedDataset(str(prefix))
-
-
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
@@ -153,7 +138,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         for number in (manifest["vocab_size"], manifest["max_token_id"]):
             int(number)
         for suffix in ("bin", "idx"):
-            manifest["files"][suffix]["sha256"]
             int(manifest["files"][suffix]["bytes"])
     except (ValueError, KeyError, TypeError) as error:
         raise DatasetError(

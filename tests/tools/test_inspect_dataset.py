@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_gdn.training.indexed import check_dataset
 from tests.tools.texts import TEXTS, tokenize
 from tools.preprocess import inspect_dataset
 
@@ -87,3 +88,31 @@ def test_wrong_arguments(corpus, dataset, tokenizer, tmp_path, capsys):
     assert "is not the one that made" in capsys.readouterr().err
     assert tokenize(corpus, tmp_path, tmp_path / "out") == 0
     assert inspect_dataset.main([str(tmp_path / "out"), "--tokenizer", str(tmp_path)]) == 0
+
+
+def test_histogram_counts_every_document(dataset, tmp_path, capsys):
+    """Each document once, in the bin of its length; the picture is a PNG with something drawn."""
+    from matplotlib import image
+
+    files = check_dataset(str(dataset))
+    edges, counts = inspect_dataset.length_counts(files)
+    lengths = np.fromfile(f"{dataset}.idx", np.int32, count=len(TEXTS), offset=34)
+    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+        assert count == ((lengths >= low) & (lengths < high)).sum()
+    assert counts.sum() == len(TEXTS) and (counts > 0).sum() > 1
+    assert inspect_dataset.main([str(dataset), "--histogram", str(tmp_path / "lengths.png")]) == 0
+    picture = image.imread(tmp_path / "lengths.png")
+    assert picture.ndim == 3 and picture[..., :3].std() > 0.05
+    assert inspect_dataset.main([str(dataset), "--histogram", str(tmp_path / "lengths.jpg")]) == 2
+    assert "must be a .png, and of one dataset" in capsys.readouterr().err
+
+
+def test_manifest_without_checksums_is_refused(dataset, tmp_path, capsys):
+    prefix = copy(dataset, tmp_path)
+    manifest = json.loads(Path(f"{prefix}.json").read_text())
+    for change in (lambda m: m["files"]["bin"].pop("parts"), lambda m: m["files"]["bin"].update(parts=[])):
+        broken = json.loads(json.dumps(manifest))
+        change(broken)
+        Path(f"{prefix}.json").write_text(json.dumps(broken))
+        assert inspect_dataset.main([str(prefix), "--verify"]) == 1
+        assert "copy.json has" in capsys.readouterr().err

@@ -39,7 +39,7 @@ def test_small_corpus_gives_fewer_ids(tmp_path, capsys):
     [
         (["--vocab-size", "257"], 2, "--vocab-size (257) must be at least 258"),
         (["--input", "nothing*.jsonl"], 2, "--input (nothing*.jsonl) names no file"),
-        (["--text-key", "body"], 1, "corpus.jsonl line 1: no text under --text-key (body); the line has: text, id"),
+        (["--text-key", "body"], 1, "corpus.jsonl line 1: no text under --text-key (body); the record has: text, id"),
         (["--output", __file__], 2, "test_train_tokenizer.py) must be a folder"),
     ],
 )

@@ -1,5 +1,6 @@
 """Difficult texts, and short names for what the tests of the preprocessing do often."""
 
+import json
 from pathlib import Path
 
 from tools.preprocess import tokenize_corpus
@@ -19,3 +20,15 @@ def tokenize(corpus, tokenizer, prefix, *options) -> int:
 
 def dataset_bytes(prefix) -> tuple[bytes, bytes]:
     return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
+
+
+def manifest_of(prefix) -> dict:
+    return json.loads(Path(f"{prefix}.json").read_text())
+
+
+def summary_of(prefix) -> dict:
+    return json.loads(Path(f"{prefix}.summary.json").read_text())
+
+
+def json_lines(texts) -> bytes:
+    return "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)).encode()

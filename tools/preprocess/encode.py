@@ -1,50 +1,317 @@
-"""Text to token ids in worker processes. Imports nothing heavy: every worker pays for it."""
+"""Text to token ids: tokenizers of three kinds behind one class each, and the choice of a faster engine for them.
 
+`tokenizers`, SentencePiece and tiktoken are the references. gigatoken computes the same ids many times faster for most
+tokenizers; it is used only after it gave the reference's ids on a sample and on texts made to be difficult.
+"""
+
+import base64
 import hashlib
-import multiprocessing
+import json
 import os
-import threading
-from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from tools.preprocess.readers import ArgumentError, InputError, Record, read_text
+from megatron_gdn.optional import MissingPackageError, require
+from tools.preprocess.difficult_texts import difficult_texts
+from tools.preprocess.sources import ArgumentError
+
+ENGINES = ("auto", "gigatoken", "reference")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Specification:
-    """What turns records into tokens; with the records it determines the output.
+class Tokens(NamedTuple):
+    """Token ids of some texts.
 
-    tokenizer: folder with `tokenizer.json`.
-    text_key: key of the text in JSON records.
-    eod_id: id that is put after every document; None for none.
-    special_in_text: "error", "escape" or "allow", for text that contains a special token's string.
-    validation_percent: share of the documents, chosen by their hash, that goes to validation.
+    ids: one after the other, [sum(lengths)] of an integer dtype.
+    lengths: tokens of each text, [texts] int64.
     """
 
-    tokenizer: str
-    text_key: str
-    eod_id: int | None
-    special_in_text: str
-    validation_percent: float
+    ids: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def from_lists(cls, lists: list[list[int]]) -> "Tokens":
+        lengths = np.fromiter(map(len, lists), np.int64, len(lists))
+        ids = np.empty(lengths.sum(), np.int32)
+        end = 0
+        for part in lists:
+            begin, end = end, end + len(part)
+            ids[begin:end] = part
+        return cls(ids, lengths)
 
 
-@dataclass(kw_only=True)
-class Encoded:
-    """Tokens of some records.
+class HuggingFaceTokenizer:
+    """`tokenizer.json` of a Hugging Face folder; only that file is read, no code runs.
 
-    ids: of each document, with the end-of-document id.
-    in_validation: of each document.
-    num_bytes: of text.
-    problems: what is wrong with each record that gave no document.
+    special_tokens: id of each text that is read as a special token.
+    added_tokens: texts that are found before the text is split, special or not.
+    vocab_size: one more than the largest id, which a vocabulary with gaps has above its number of tokens.
+    sha256: of the file that defines it.
     """
 
-    ids: list[np.ndarray] = field(default_factory=list)
-    in_validation: list[bool] = field(default_factory=list)
-    num_bytes: int = 0
-    problems: list[str] = field(default_factory=list)
+    library = "tokenizers"
+
+    def __init__(self, folder: Path):
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallel over processes, not over threads in each
+        self.model = load_tokenizer(folder)
+        self.file = folder / "tokenizer.json"
+        self.sha256 = hashlib.sha256(self.file.read_bytes()).hexdigest()
+        decoder = self.model.get_added_tokens_decoder()
+        self.special_tokens = {token.content: i for i, token in decoder.items() if token.special}
+        self.added_tokens = [token.content for token in decoder.values()]
+        if getattr(self.model.model, "dropout", None):
+            raise ArgumentError(
+                f"{self.file} has dropout {self.model.model.dropout}, which makes ids random: set it to null."
+            )
+        self.vocab_size = vocabulary_size(self.model)
+        self._eos = _eos_token(folder)
+
+    def encode(self, texts: list[str]) -> Tokens:
+        """Ids without the tokenizer's own beginning and end; special tokens in the text become their ids."""
+        return Tokens.from_lists([e.ids for e in self.model.encode_batch_fast(texts, add_special_tokens=False)])
+
+    def encode_as_text(self, text: str) -> list[int]:
+        """Ids of a text whose special tokens are plain text."""
+        self.model.encode_special_tokens = True
+        try:
+            return self.model.encode(text, add_special_tokens=False).ids
+        finally:
+            self.model.encode_special_tokens = False
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids, skip_special_tokens=False)
+
+    def token_id(self, token: str) -> int | None:
+        return self.model.token_to_id(token)
+
+    def end_of_document(self) -> str:
+        """Text of the token that ends documents by default."""
+        return self._eos or "<|endoftext|>"
+
+    def gigatoken_source(self):
+        """What gigatoken.Tokenizer takes."""
+        return self.model
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model file, such as Llama 2's tokenizer.model. Attributes as in HuggingFaceTokenizer."""
+
+    library = "sentencepiece"
+
+    def __init__(self, file: Path):
+        sentencepiece = require("sentencepiece", extra="preprocess", purpose=f"the tokenizer {file}")
+        self.file, self.sha256 = file, hashlib.sha256(file.read_bytes()).hexdigest()
+        self.added_tokens: list[str] = []
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        except (RuntimeError, OSError) as error:
+            raise ArgumentError(f"{file} cannot be read as a SentencePiece model ({error}): fetch it again.") from error
+        self.vocab_size = self.model.vocab_size()
+        control = [i for i in range(self.vocab_size) if self.model.is_control(i)]
+        self.special_tokens = {self.model.id_to_piece(i): i for i in control}
+
+    def encode(self, texts: list[str]) -> Tokens:
+        """Ids; SentencePiece never reads a control token from text."""
+        return Tokens.from_lists(self.model.encode(texts, out_type=int, num_threads=1))
+
+    def encode_as_text(self, text: str) -> list[int]:
+        return self.model.encode(text, out_type=int)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text, with the names of control tokens, which SentencePiece leaves out."""
+        parts, plain = [], []
+        names = {i: name for name, i in self.special_tokens.items()}
+        for i in [*ids, None]:
+            if i is None or i in names:
+                parts += [self.model.decode(plain), names.get(i, "")]
+                plain = []
+            else:
+                plain.append(i)
+        return "".join(parts)
+
+    def token_id(self, token: str) -> int | None:
+        found = self.model.piece_to_id(token)
+        return None if found == self.model.unk_id() and token != self.model.id_to_piece(found) else found
+
+    def end_of_document(self) -> str:
+        return self.model.id_to_piece(self.model.eos_id()) if self.model.eos_id() >= 0 else "</s>"
+
+    def gigatoken_source(self):
+        return str(self.file)
+
+
+class TiktokenTokenizer:
+    """An encoding of tiktoken: `tiktoken:NAME` of its registry, or a folder with tiktoken.json and a rank file.
+
+    tiktoken.json: {"ranks": "x.tiktoken", "pattern": "...", "special_tokens": {"<|endoftext|>": 50256}}.
+    """
+
+    library = "tiktoken"
+
+    def __init__(self, place: str, *, allow_special: bool = False):
+        tiktoken = require("tiktoken", extra="preprocess", purpose=f"the tokenizer {place}")
+        try:
+            if place.startswith("tiktoken:"):
+                self.model = tiktoken.get_encoding(place.removeprefix("tiktoken:"))
+            else:
+                self.model = self._from_folder(tiktoken, Path(place))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ArgumentError(f"--tokenizer ({place}) is no encoding of tiktoken ({error!r}).") from error
+        self._allowed = "all" if allow_special else set()
+        self.added_tokens: list[str] = []
+        self.special_tokens = {name: self.model.encode_single_token(name) for name in self.model.special_tokens_set}
+        self.vocab_size = self.model.n_vocab
+        ranks = b"".join(b"%d %s\n" % (len(token), token) for token in self.model.token_byte_values())
+        settings = json.dumps([self.model._pat_str, sorted(self.special_tokens.items())])
+        self.sha256 = hashlib.sha256(ranks + settings.encode()).hexdigest()
+
+    @staticmethod
+    def _from_folder(tiktoken, folder: Path):
+        settings = json.loads((folder / "tiktoken.json").read_text())
+        ranks = {}
+        for line in (folder / settings["ranks"]).read_bytes().splitlines():
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        return tiktoken.Encoding(
+            folder.name,
+            pat_str=settings["pattern"],
+            mergeable_ranks=ranks,
+            special_tokens={str(name): int(i) for name, i in settings["special_tokens"].items()},
+        )
+
+    def encode(self, texts: list[str]) -> Tokens:
+        batch = self.model.encode_batch(texts, num_threads=1, allowed_special=self._allowed, disallowed_special=())
+        return Tokens.from_lists(batch)
+
+    def encode_as_text(self, text: str) -> list[int]:
+        return self.model.encode_ordinary(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids)
+
+    def token_id(self, token: str) -> int | None:
+        try:
+            return self.model.encode_single_token(token)
+        except KeyError:
+            return None
+
+    def end_of_document(self) -> str:
+        return "<|endoftext|>"
+
+    def gigatoken_source(self):
+        """None: the same split pattern can only be named, not given, to gigatoken."""
+        return None
+
+
+class Gigatoken:
+    """gigatoken's engine for a tokenizer, on the calling thread.
+
+    Raises:
+        ValueError: gigatoken cannot take this tokenizer.
+    """
+
+    def __init__(self, reference):
+        gigatoken = require("gigatoken", extra="preprocess", purpose="--engine gigatoken")
+        source = reference.gigatoken_source()
+        if source is None:
+            raise ValueError(f"it cannot take encodings of {reference.library}")
+        try:
+            self._encode = gigatoken.Tokenizer(source).encode_batch
+        except Exception as error:  # a RuntimeError, or what its converter raises
+            raise ValueError(f"it refuses this tokenizer ({error})") from error
+
+    def encode(self, texts: list[str]) -> Tokens:
+        layout = self._encode(texts, parallel=False).layout
+        return Tokens(layout.content.data, np.diff(layout.offsets.data))
+
+
+class SpecialTokens:
+    """Finds special tokens in texts, fast where there are none."""
+
+    def __init__(self, tokens: list[str]):
+        self._by_start: dict[str, list[str]] = {}
+        for token in tokens:
+            self._by_start.setdefault(token[:2], []).append(token)
+
+    def find(self, text: str) -> str | None:
+        """A special token that the text contains."""
+        for start, tokens in self._by_start.items():
+            if start in text:
+                for token in tokens:
+                    if token in text:
+                        return token
+        return None
+
+
+def open_tokenizer(place: str, *, allow_special: bool = False):
+    """The tokenizer at a place.
+
+    Args:
+        place: folder with tokenizer.json, tokenizer.model or tiktoken.json; a .model file; "tiktoken:NAME".
+        allow_special: special tokens in texts become their ids.
+
+    Raises:
+        ArgumentError: nothing there that can be read, or a kind that cannot do `allow_special`.
+    """
+    path = Path(place)
+    if place.startswith("tiktoken:") or ((path / "tiktoken.json").is_file() and not _has_json(path)):
+        return TiktokenTokenizer(place, allow_special=allow_special)
+    model = path / "tokenizer.model" if path.is_dir() else path
+    if model.suffix == ".model" and model.is_file() and not _has_json(path):
+        if allow_special:
+            raise ArgumentError(
+                f"--special-in-text allow does nothing with {model}: SentencePiece never reads special tokens from "
+                "text, use escape."
+            )
+        return SentencePieceTokenizer(model)
+    return HuggingFaceTokenizer(path)
+
+
+def choose_engine(reference, name: str, sample: list[str]) -> tuple[str, str]:
+    """Which engine to use, and why.
+
+    Args:
+        reference: from `open_tokenizer`.
+        name: one of ENGINES.
+        sample: some texts of the corpus.
+
+    Returns:
+        "gigatoken" or the name of the reference's library, and the reason, for the log.
+
+    Raises:
+        ArgumentError: gigatoken was named and cannot be used, or gives other ids.
+    """
+    if name == "reference":
+        return reference.library, "as --engine says"
+    try:
+        texts = sample + difficult_texts(reference.added_tokens)
+        reason = _difference(reference, Gigatoken(reference), texts)
+        if reason is None:
+            return "gigatoken", f"the same ids as {reference.library} on {len(texts)} texts"
+    except (ValueError, MissingPackageError) as error:
+        reason = str(error)
+    if name == "gigatoken":
+        raise ArgumentError(f"--engine gigatoken: {reason}: use --engine reference.")
+    return reference.library, f"gigatoken: {reason}"
+
+
+def engine_version(engine: str) -> str:
+    """Name and version of an engine's package."""
+    return f"{engine} {version(engine)}"
+
+
+def _difference(reference, engine, texts: list[str]) -> str | None:
+    """Where an engine's ids differ from the reference's; None when they do not."""
+    expected, found = reference.encode(texts), engine.encode(texts)
+    if np.array_equal(expected.lengths, found.lengths) and np.array_equal(expected.ids, found.ids):
+        return None
+    for text in texts:
+        if not np.array_equal(reference.encode([text]).ids, engine.encode([text]).ids):
+            return f"other ids than {reference.library} for {text[:40]!r}"
+    return f"other ids than {reference.library} for some texts together"
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -76,62 +343,17 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
-_tokenizer: Tokenizer
-_specification: Specification
-_special: list[str]
-_dtype: type
+def _has_json(path: Path) -> bool:
+    return (path / "tokenizer.json").is_file()
 
 
-def start_worker(specification: Specification) -> None:
-    """Load the tokenizer once per process; the process ends with the one that started it."""
-    global _tokenizer, _specification, _special, _dtype
-    _specification = specification
-    _tokenizer = load_tokenizer(Path(specification.tokenizer))
-    _tokenizer.encode_special_tokens = specification.special_in_text == "escape"
-    _special = [token.content for token in _tokenizer.get_added_tokens_decoder().values() if token.special]
-    _dtype = np.uint16 if vocabulary_size(_tokenizer) < 65500 else np.int32  # Megatron's rule
-    # A worker of a killed parent would wait for tasks for ever.
-    if multiprocessing.parent_process() is not None:
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def encode(records: list[Record]) -> Encoded:
-    """Token ids of records, in order; needs `start_worker`.
-
-    The tokenizer's own beginning and end tokens are not added: a document is its text and `eod_id`.
-    """
-    result, documents = Encoded(), []
-    for record in records:
-        try:
-            documents.append((record, _checked_text(record)))
-        except InputError as error:
-            result.problems.append(str(error))
-    encodings = _tokenizer.encode_batch_fast([text for _, text in documents], add_special_tokens=False)
-    for (record, text), encoding in zip(documents, encodings, strict=True):
-        if not encoding.ids:
-            result.problems.append(f"{record.place}: the tokenizer makes no token of the text.")
-            continue
-        ids = encoding.ids if _specification.eod_id is None else [*encoding.ids, _specification.eod_id]
-        result.ids.append(np.array(ids, dtype=_dtype))
-        raw = text.encode()
-        share = int.from_bytes(hashlib.sha256(raw).digest()[:8], "little") / 2**64
-        result.in_validation.append(share * 100 < _specification.validation_percent)
-        result.num_bytes += len(raw)
-    return result
-
-
-def _checked_text(record: Record) -> str:
-    text = read_text(record, _specification.text_key)
-    if _specification.special_in_text == "error":
-        for token in _special:
-            if token in text:
-                raise InputError(
-                    f"{record.place}: the text contains the special token {token}, which would end a document in the "
-                    "middle: use --special-in-text escape to encode it as text, or allow to keep it as the token."
-                )
-    return text
+def _eos_token(folder: Path) -> str | None:
+    """`eos_token` of tokenizer_config.json."""
+    settings = folder / "tokenizer_config.json"
+    if not settings.is_file():
+        return None
+    try:
+        token = json.loads(settings.read_text()).get("eos_token")
+    except (ValueError, AttributeError) as error:
+        raise ArgumentError(f"{settings} is not a JSON object ({error}): save the tokenizer again.") from error
+    return token["content"] if isinstance(token, dict) else token

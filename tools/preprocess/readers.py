@@ -1,132 +1,439 @@
-"""Documents of text files, one raw record each, with the place where it stands."""
+"""Texts of the records of a unit, in batches of a few MB whatever the size of the file."""
 
 import codecs
-import glob
 import gzip
+import hashlib
 import json
 import lzma
+import re
+import sys
+import tarfile
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import BinaryIO, NamedTuple
 
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open, "": open}
-FORMATS = ".jsonl, .jsonl.gz, .jsonl.xz, .txt, .txt.gz, .txt.xz"
+from megatron_gdn.optional import require
+from tools.preprocess.sources import Unit, open_source
+
+_BATCH_BYTES = 2**22
+# zstd can make thousands of bytes of one, so it is fed little at a time.
+_ZSTD_BYTES = 2**16
+# Name of a member: the sample it belongs to, then the field. webdataset 1.0.2, tariterators.base_plus_ext.
+_MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 
 
-class ArgumentError(ValueError):
-    """An argument of a command that cannot work; commands end with exit code 2."""
+class DamagedError(Exception):
+    """A file that is cut or broken; nothing of it is used."""
 
 
-class InputError(ValueError):
-    """Data that cannot be used; the message names the file and, where it can, the line. Exit code 1."""
+class Problem(NamedTuple):
+    """Why a record gives no document.
 
-
-class Record(NamedTuple):
-    """A raw document.
-
-    path: its file.
-    line: line number from 1; 0 when the file as a whole is the document.
-    data: a line of JSON, or the text itself.
+    kind: short name, for counting.
+    number: of the record in its unit, from 1; of the row in a parquet file; 0 when the file is the record.
+    message: what is wrong and the remedy.
     """
 
-    path: str
-    line: int
-    data: bytes
-
-    @property
-    def place(self) -> str:
-        """Where it stands, for messages."""
-        return f"{self.path} line {self.line}" if self.line else self.path
+    kind: str
+    number: int
+    message: str
 
 
-def find_files(patterns: list[str]) -> list[Path]:
-    """Files that the patterns name, sorted per pattern.
+@dataclass(kw_only=True)
+class Batch:
+    """Some records: their texts, with their numbers, and problems of others among them."""
 
-    Raises:
-        ArgumentError: a pattern without files, or a file of an unknown format.
-    """
-    files: list[Path] = []
-    for pattern in patterns:
-        found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
-        if not found:
-            raise ArgumentError(f"--input ({pattern}) names no file: quote a pattern and check the folder.")
-        files += found
-    for path in files:
-        if not path.is_file():
-            raise ArgumentError(f"--input ({path}) must be a file: name files or a pattern such as '{path}/*.jsonl'.")
-        _split_format(path)
-    if len(set(files)) < len(files):
-        twice = next(path for path in files if files.count(path) > 1)
-        raise ArgumentError(f"--input names {twice} twice: name every file once.")
-    return files
+    texts: list[str] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """Records of one file: lines of JSON lines files, or the whole of a text file.
-
-    Blank lines are left out, and so is a byte order mark. A file without anything gives one empty record, which
-    `read_text` refuses.
-
-    Raises:
-        InputError: compressed data that is cut or broken, a file that cannot be read.
-    """
-    kind, opener = _split_format(path)
-    number, empty = 0, True
-    try:
-        with opener(path, "rb") as file:
-            if kind == ".txt":
-                yield Record(str(path), 0, file.read().removeprefix(codecs.BOM_UTF8))
-                return
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                if line.strip():
-                    empty = False
-                    yield Record(str(path), number, line)
-    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
-        where = f" after line {number}" if number else ""
-        raise InputError(f"{path}{where}: {error}: the file is cut or cannot be read, fetch it again.") from error
-    if empty:
-        yield Record(str(path), 0, b"")
-
-
-def read_text(record: Record, text_key: str) -> str:
-    """The text of a record.
+class UnitReader:
+    """Iterates over the batches of one unit.
 
     Args:
-        record: from `read_records`.
-        text_key: key of the text in JSON.
+        unit: to read.
+        text_key: key of the text in JSON lines, column in parquet.
+        tar_field: extension of the members with the text in tar shards; "json" for objects with `text_key`.
+        max_document_bytes: longer lines and texts are problems.
 
-    Raises:
-        InputError: no usable text.
+    After the last batch:
+        num_records: lines, rows or samples; with the earlier units of a file, what makes numbers of lines absolute.
+        sha256: of the bytes `unit.start` to `unit.end`.
+
+    Raises while iterating:
+        DamagedError: a file that is cut, or broken in another way.
     """
-    where = record.place
-    try:
-        text = record.data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}): convert it to UTF-8.") from error
-    if record.line:
+
+    def __init__(self, unit: Unit, *, text_key: str, tar_field: str, max_document_bytes: int):
+        self.unit, self._key, self._tar_field, self._limit = unit, text_key, tar_field, max_document_bytes
+        self._digest = hashlib.sha256()
+        self.num_records = 0
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def __iter__(self) -> Iterator[Batch]:
+        source, seen = self.unit.source, False
+        read = {"jsonl": self._read_jsonl, "txt": self._read_txt, "parquet": self._read_parquet, "tar": self._read_tar}
         try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON ({error}): every line must be one whole JSON object.") from error
-        text = row.get(text_key) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise InputError(f"{where}: no text under --text-key ({text_key}); the line has: {keys}.")
-    if not text.strip():
-        raise InputError(f"{where}: empty text.")
+            for batch in read[source.kind]():
+                seen = seen or bool(batch.numbers or batch.problems)
+                yield batch
+        except _broken_errors() as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the disk or the network, not of the file
+            where = f" after record {self.num_records}" if self.num_records else ""
+            raise DamagedError(f"{where}: {error or 'it ends too early'}") from error
+        if not seen and self.unit.start == 0 and self.unit.end == source.num_bytes:
+            yield Batch(problems=[Problem("empty_file", 0, "no record: remove the file.")])
+
+    def _read_jsonl(self) -> Iterator[Batch]:
+        with open_source(self.unit.source.path) as file:
+            if self.unit.source.compression:
+                hashed = _HashedFile(file, self._digest)
+                with _decompressed(hashed, self.unit.source.compression) as plain:
+                    yield from self._parse_lines(iter(lambda: _read_up_to(plain, _BATCH_BYTES), b""), False)
+                hashed.drain()
+                return
+            inside_line = False
+            if self.unit.start:
+                file.seek(self.unit.start - 1)
+                inside_line = file.read(1) != b"\n"
+            yield from self._parse_lines(self._range(file), inside_line)
+
+    def _range(self, file: BinaryIO) -> Iterator[bytes]:
+        """The bytes of the unit, and the rest of the line that its end cuts."""
+        remaining, last = self.unit.end - self.unit.start, b"\n"
+        while remaining:
+            block = file.read(min(_BATCH_BYTES, remaining))
+            if not block:
+                raise DamagedError(": it became shorter while it was read")
+            self._digest.update(block)
+            remaining, last = remaining - len(block), block[-1:]
+            yield block
+        while last != b"\n" and (block := file.read(2**16)):
+            end = block.find(b"\n") + 1
+            yield block[:end] if end else block
+            last = b"\n" if end else b""
+
+    def _parse_lines(self, blocks: Iterator[bytes], inside_line: bool) -> Iterator[Batch]:
+        rest, dropping, first = b"", inside_line, self.unit.start == 0
+        for block in blocks:
+            if first:
+                block, first = block.removeprefix(codecs.BOM_UTF8), False
+            if dropping:
+                end = block.find(b"\n")
+                if end < 0:
+                    continue
+                block, dropping = block[end + 1 :], False
+            lines = (rest + block).split(b"\n")
+            rest = lines.pop()
+            batch = self._parse(lines)
+            if len(rest) > self._limit:
+                self.num_records += 1
+                batch.problems.append(self._too_long("line", self.num_records))
+                rest, dropping = b"", True
+            yield batch
+        if rest:
+            yield self._parse([rest])
+
+    def _parse(self, lines: list[bytes]) -> Batch:
+        orjson = require("orjson", extra="preprocess", purpose="reading JSON lines")
+        batch, number, key, limit = Batch(), self.num_records, self._key, self._limit
+        texts, numbers, loads = batch.texts, batch.numbers, orjson.loads
+        self.num_records += len(lines)
+        for line in lines:
+            number += 1
+            if len(line) > limit:
+                batch.problems.append(self._too_long("line", number))
+                continue
+            try:
+                row = loads(line)
+            except orjson.JSONDecodeError:
+                if line.isspace() or not line:
+                    continue
+                row = _parse_slowly(line)
+                if isinstance(row, str):
+                    kind, _, message = row.partition(":")
+                    batch.problems.append(Problem(kind, number, message))
+                    continue
+            text = row.get(key) if type(row) is dict else None
+            if type(text) is str and text and not text.isspace():
+                texts.append(text)
+                numbers.append(number)
+            else:
+                batch.problems.append(self._unusable(row, text, number))
+        return batch
+
+    def _unusable(self, row, text, number: int) -> Problem:
+        if isinstance(text, str):
+            return Problem("empty", number, "empty text.")
+        keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        return Problem("wrong_key", number, f"no text under --text-key ({self._key}); the record has: {keys}.")
+
+    def _too_long(self, what: str, number: int) -> Problem:
+        limit = f"--max-document-mb ({self._limit / 1e6:g})"
+        return Problem("too_long", number, f"a {what} longer than {limit}: cut it into documents, or raise the limit.")
+
+    def _add(self, batch: Batch, data: bytes, number: int) -> None:
+        """Take the bytes of a text into a batch."""
+        if len(data) > self._limit:
+            batch.problems.append(self._too_long("text", number))
+            return
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            batch.problems.append(Problem("not_utf8", number, _not_utf8(error)))
+            return
+        if text and not text.isspace():
+            batch.texts.append(text)
+            batch.numbers.append(number)
+        else:
+            batch.problems.append(Problem("empty", number, "empty text."))
+
+    def _read_txt(self) -> Iterator[Batch]:
+        batch = Batch()
+        with open_source(self.unit.source.path) as file:
+            hashed = _HashedFile(file, self._digest)
+            with _decompressed(hashed, self.unit.source.compression) as plain:
+                data = _read_up_to(plain, self._limit + 1)
+                while plain.read(_BATCH_BYTES):
+                    pass
+            hashed.drain()
+        if data:
+            self._add(batch, data.removeprefix(codecs.BOM_UTF8), 0)
+        yield batch
+
+    def _read_parquet(self) -> Iterator[Batch]:
+        parquet = require("pyarrow.parquet", extra="preprocess", purpose="parquet input")
+        with open_source(self.unit.source.path) as file:
+            file.seek(self.unit.start)
+            remaining = self.unit.end - self.unit.start
+            while remaining and (block := file.read(min(_BATCH_BYTES, remaining))):
+                self._digest.update(block)
+                remaining -= len(block)
+            if not self.unit.source.num_bytes:
+                return
+            table = parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
+            names = table.schema_arrow.names
+            if self._key not in names:
+                message = f"no column of --text-key ({self._key}); the file has: {', '.join(names)}."
+                if self.unit.start == 0:
+                    yield Batch(problems=[Problem("wrong_key", 0, message)])
+                return
+            row = 0
+            for group in range(table.num_row_groups):
+                facts = table.metadata.row_group(group)
+                if self.unit.start <= _first_byte(facts) < self.unit.end:
+                    yield from self._read_row_group(table, group, row)
+                row += facts.num_rows
+
+    def _read_row_group(self, table, group: int, row: int) -> Iterator[Batch]:
+        facts = table.metadata.row_group(group)
+        rows = max(1, _BATCH_BYTES * facts.num_rows // max(1, facts.total_byte_size))
+        for part in table.iter_batches(batch_size=rows, row_groups=[group], columns=[self._key]):
+            batch = Batch()
+            for value in part.column(0).to_pylist():
+                row += 1
+                self.num_records += 1
+                if isinstance(value, str):
+                    self._add(batch, value.encode("utf-8", "surrogatepass"), row)
+                elif isinstance(value, bytes):
+                    self._add(batch, value, row)
+                else:
+                    batch.problems.append(self._unusable({self._key: value}, None, row))
+            yield batch
+
+    def _read_tar(self) -> Iterator[Batch]:
+        with open_source(self.unit.source.path) as file:
+            hashed = _HashedFile(file, self._digest)
+            with _decompressed(hashed, self.unit.source.compression) as plain:
+                tail = _Tail(plain)
+                with tarfile.open(fileobj=tail, mode="r|") as archive:
+                    yield from self._batches_of_samples(archive)
+                while tail.read(_BATCH_BYTES):
+                    pass
+                # tarfile takes the end of the file for the end of the archive, which two blocks of zeros mark.
+                if tail.last.strip(b"\0") or len(tail.last) < 2 * tarfile.BLOCKSIZE:
+                    raise DamagedError(f" after record {self.num_records}: it ends without the mark of its end")
+            hashed.drain()
+
+    def _batches_of_samples(self, archive: tarfile.TarFile) -> Iterator[Batch]:
+        batch, num_bytes = Batch(), 0
+        for key, fields in _samples(archive, self._tar_field, self._limit):
+            self.num_records += 1
+            data = fields.get(self._tar_field)
+            if self._tar_field not in fields:
+                names = ", ".join(fields) or "none"
+                message = f"sample {key} has no field of --tar-field ({self._tar_field}); it has: {names}."
+                batch.problems.append(Problem("wrong_key", self.num_records, message))
+            elif data is None:
+                batch.problems.append(self._too_long("text", self.num_records))
+            elif self._tar_field == "json":
+                self.num_records -= 1  # counted by _parse, as a line
+                part = self._parse([data.replace(b"\n", b" ")])
+                batch.texts += part.texts
+                batch.numbers += part.numbers
+                batch.problems += part.problems
+            else:
+                self._add(batch, data, self.num_records)
+            num_bytes += len(data or b"")
+            if num_bytes > _BATCH_BYTES:
+                yield batch
+                batch, num_bytes = Batch(), 0
+        yield batch
+
+
+def _samples(archive: tarfile.TarFile, wanted: str, limit: int) -> Iterator[tuple[str, dict[str, bytes | None]]]:
+    """Key and fields of each sample, by the rules of the webdataset package: neighbours with the same key.
+
+    Only the wanted field is read, and it is None when it is longer than `limit`.
+    """
+    key, fields = None, {}
+    for member in archive:
+        name = member.name
+        base = name.rsplit("/", 1)[-1]
+        matched = _MEMBER_NAME.match(name)
+        if not member.isreg() or matched is None or (base.startswith("__") and base.endswith("__")):
+            continue
+        prefix, suffix = matched.group(1), matched.group(2).lower()
+        if prefix != key:
+            if key is not None:
+                yield key, fields
+            key, fields = prefix, {}
+        if suffix in fields:
+            raise DamagedError(f": member {name} is there twice in a sample")
+        fields[suffix] = None
+        if suffix == wanted and member.size <= limit:
+            fields[suffix] = archive.extractfile(member).read()
+    if key is not None:
+        yield key, fields
+
+
+def _parse_slowly(line: bytes):
+    """A row that orjson refuses and Python's json takes (NaN), or text "kind: message"."""
     try:
-        text.encode()
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return f"not_utf8:{_not_utf8(error)}"
+    try:
+        row = json.loads(text)
+        json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: half a character (\\u{ord(text[error.start]):04x}), which no UTF-8 has.") from error
-    return text
+        return f"not_utf8:half a character (\\u{ord(error.object[error.start]):04x}), which no UTF-8 has."
+    except (ValueError, RecursionError) as error:
+        return f"malformed:not JSON ({error}): every line must be one whole JSON object."
+    return row if isinstance(row, dict) else {}
 
 
-def _split_format(path: Path):
-    compression = path.suffix if path.suffix in _OPENERS else ""
-    kind = Path(path.stem).suffix if compression else path.suffix
-    if kind not in (".jsonl", ".txt"):
-        raise ArgumentError(f"--input ({path}) must be one of {FORMATS}.")
-    return kind, _OPENERS[compression]
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 ({error.reason} at byte {error.start}): convert it to UTF-8."
+
+
+def _first_byte(row_group) -> int:
+    column = row_group.column(0)
+    start = column.data_page_offset
+    if column.has_dictionary_page and column.dictionary_page_offset:
+        start = min(start, column.dictionary_page_offset)
+    return start
+
+
+def _read_up_to(file: BinaryIO, num_bytes: int) -> bytes:
+    """Read `num_bytes`, or all when there are fewer; one call of `read` may give less."""
+    blocks = []
+    while num_bytes and (block := file.read(num_bytes)):
+        blocks.append(block)
+        num_bytes -= len(block)
+    return b"".join(blocks)
+
+
+def _broken_errors() -> tuple[type[Exception], ...]:
+    """What the libraries raise for files that are cut or broken."""
+    errors = [EOFError, lzma.LZMAError, zlib.error, OSError, tarfile.TarError]
+    if "zstandard" in sys.modules:
+        errors.append(sys.modules["zstandard"].ZstdError)
+    if "pyarrow" in sys.modules:
+        errors.append(sys.modules["pyarrow"].ArrowException)
+    return tuple(errors)
+
+
+@contextmanager
+def _decompressed(file: BinaryIO, compression: str) -> Iterator[BinaryIO]:
+    if compression == "gz":
+        with gzip.GzipFile(fileobj=file) as plain:
+            yield plain
+    elif compression == "xz":
+        with lzma.LZMAFile(file) as plain:
+            yield plain
+    elif compression == "zst":
+        yield _ZstdFile(file)
+    else:
+        yield file
+
+
+class _HashedFile:
+    """Reads a file from start to end and hashes it."""
+
+    def __init__(self, file: BinaryIO, digest):
+        self._file, self._digest = file, digest
+
+    def read(self, num_bytes: int = -1) -> bytes:
+        block = self._file.read(num_bytes)
+        self._digest.update(block)
+        return block
+
+    def drain(self) -> None:
+        while self.read(_BATCH_BYTES):
+            pass
+
+    def seekable(self) -> bool:
+        return False
+
+    def readable(self) -> bool:
+        return True
+
+    closed = False
+
+
+class _ZstdFile:
+    """Frames of zstd one after the other; zstandard's own stream reader takes a cut frame for a whole one."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._frame, self._ahead = file, None, b""
+        zstandard = require("zstandard", extra="preprocess", purpose="zst input")
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+
+    def read(self, num_bytes: int) -> bytes:
+        while True:
+            if self._ahead:
+                block, self._ahead = self._ahead[:num_bytes], self._ahead[num_bytes:]
+                return block
+            data = self._file.read(_ZSTD_BYTES)
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("a zstd frame ends too early")
+                return b""
+            parts = []
+            while data:
+                self._frame = self._frame or self._decompressor.decompressobj()
+                parts.append(self._frame.decompress(data))
+                data = self._frame.unused_data if self._frame.eof else b""
+                if self._frame.eof:
+                    self._frame = None
+            self._ahead = b"".join(parts)
+
+
+class _Tail:
+    """Reads a stream and keeps its last two blocks of a tar file."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.last = file, b""
+
+    def read(self, num_bytes: int) -> bytes:
+        block = self._file.read(num_bytes)
+        self.last = (self.last + block)[-2 * tarfile.BLOCKSIZE :] if len(block) < 1024 else block[-1024:]
+        return block

@@ -1,53 +1,76 @@
-"""Text files to Megatron's indexed binaries.
+"""Text to token ids: files of documents to one dataset in Megatron's format, with a manifest of its origin.
 
-python -m tools.preprocess.tokenize_corpus --input 'corpus/*.jsonl' --tokenizer tokenizer --output-prefix data/train \\
-    --append-eod --workers 2 [--validation-prefix data/validation --validation-percent 2]
+python -m tools.preprocess.tokenize_corpus --input 'corpus/*.jsonl.zst' --tokenizer tokenizer --append-eod \
+    --output-prefix data/train
 
-Each line of a JSON lines file is a document, and so is each text file as a whole. Writes data/train.bin, data/train.idx
-and the manifest data/train.json: all of them, or none. The output is the same at every number of workers. Ends with 1
-for data that cannot be used, 2 for wrong arguments.
+Writes data/train.bin, data/train.idx, data/train.json (the manifest) and data/train.summary.json; they appear when they
+are complete. Work in between is kept in data/train.work/: the same command after a kill goes on from there, and the
+result is the same to the byte, whatever the number of workers. Ends with 1 for data that cannot be used, 2 for wrong
+arguments.
+
+Several machines: give each --num-shards N --shard-index I, as Slurm arrays and Kubernetes jobs number their tasks, then
+merge data/train-*-of-*.idx; or --executor ray.
 """
 
 import argparse
-import json
-import multiprocessing
+import hashlib
 import os
+import shutil
 import sys
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from tools.preprocess.encode import Encoded, Specification, encode, load_tokenizer, start_worker, vocabulary_size
-from tools.preprocess.indexed import DatasetWriter, sha256_of
-from tools.preprocess.readers import FORMATS, ArgumentError, InputError, Record, find_files, read_records
+from megatron_gdn.training.indexed import DatasetError, check_dataset
+from tools.preprocess.encode import ENGINES, choose_engine, engine_version, open_tokenizer
+from tools.preprocess.executors import run_here, run_pool, run_ray
+from tools.preprocess.indexed import Output, contents, optimal_dtype, write_json
+from tools.preprocess.merge_datasets import concatenate_records
+from tools.preprocess.readers import DamagedError, UnitReader
+from tools.preprocess.shards import Specification, key_of
+from tools.preprocess.sources import (
+    FORMATS,
+    ArgumentError,
+    InputError,
+    Source,
+    Unit,
+    count_lines_before,
+    find_sources,
+    plan_units,
+    units_of_shard,
+)
 
-# Together they bound the memory that waiting records and results take: bytes of text per task, tasks per worker.
-_TASK_BYTES = 2**18
-_TASKS_AHEAD = 4
+_SAMPLE_CHARACTERS = 2**17
+_LISTED_PROBLEMS = 1000
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of the tool."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help=f"files or patterns: {FORMATS}; a text file is one document")
+    add("--input", nargs="+", required=True, help=f"files, patterns or fsspec URLs: {FORMATS}; a .txt is one document")
     add("--output-prefix", required=True, help="path of the dataset without .bin")
-    add("--tokenizer", type=Path, required=True, help="folder with a Hugging Face tokenizer.json")
-    add("--text-key", default="text", help="key of the text in JSON lines")
+    add(
+        "--tokenizer", required=True, help="folder with tokenizer.json, tokenizer.model or tiktoken.json; tiktoken:NAME"
+    )
+    add("--text-key", nargs="+", default=["text"], help="keys of the text in JSON, columns in parquet; of several, "
+        "each gives a dataset PREFIX_KEY")  # fmt: skip
+    add("--tar-field", default="txt", help="extension of the texts in WebDataset shards; json: objects with --text-key")
     add("--append-eod", action="store_true", help="put the end-of-document token after every document")
-    add("--eod-token", default=None, help="that token; default: eos_token of tokenizer_config.json, or <|endoftext|>")
-    add("--workers", type=int, default=os.cpu_count(), help="processes that tokenize")
-    add("--on-error", choices=("fail", "skip"), default="fail", help="what a record without usable text does")
-    add("--special-in-text", choices=("error", "escape", "allow"), default="error", help="special tokens in the text")
-    add("--validation-prefix", default=None, help="second dataset, for the documents that validate")
-    add("--validation-percent", type=float, default=0.0, help="share of the documents, chosen by their hash")
+    add("--eod-token", default=None, help="that token; default: the tokenizer's end of sequence, or <|endoftext|>")
+    add("--special-in-text", choices=("error", "escape", "allow"), default="error", help="text with special tokens: a "
+        "bad record, encoded as plain text, or kept as the token")  # fmt: skip
+    add("--on-error", choices=("fail", "skip"), default="fail", help="what a bad record or file does; skip counts them")
+    add("--max-document-mb", type=float, default=8.0, help="longer lines and texts are bad records")
+    add("--engine", choices=ENGINES, default="auto", help="auto: gigatoken if it gives the same ids on a sample")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that tokenize")
+    add("--executor", choices=("local", "ray"), default="local", help="processes here, or tasks of a Ray cluster")
+    add("--unit-mb", type=float, default=32.0, help="how large files are cut; a kill loses at most this per worker")
+    add("--num-shards", type=int, default=1, help="how many commands share the work")
+    add("--shard-index", type=int, default=0, help="which of them this is, from 0")
     return parser.parse_args(argv)
 
 
@@ -55,137 +78,271 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise ArgumentError for arguments that do not fit together."""
     if arguments.workers < 1:
         raise ArgumentError(f"--workers ({arguments.workers}) must be at least 1.")
-    if not 0 <= arguments.validation_percent < 100:
-        raise ArgumentError(f"--validation-percent ({arguments.validation_percent}) must be at least 0 and below 100.")
-    if (arguments.validation_prefix is None) != (arguments.validation_percent == 0):
-        raise ArgumentError("--validation-prefix and --validation-percent go together: give both or neither.")
-    for name in ("output_prefix", "validation_prefix"):
-        prefix = getattr(arguments, name)
-        if prefix is not None and (not prefix or prefix.endswith(os.sep) or Path(prefix).is_dir()):
-            option = "--" + name.replace("_", "-")
-            raise ArgumentError(f"{option} ({prefix}) must not be a folder: name the files, as in data/train.")
-    if arguments.validation_prefix == arguments.output_prefix:
-        raise ArgumentError(f"--validation-prefix ({arguments.validation_prefix}) must differ from --output-prefix.")
+    for name in ("unit_mb", "max_document_mb"):
+        if getattr(arguments, name) * 1e6 < 1:
+            raise ArgumentError(f"--{name.replace('_', '-')} ({getattr(arguments, name)}) must be above 0.")
+    if not 0 <= arguments.shard_index < arguments.num_shards:
+        raise ArgumentError(
+            f"--shard-index ({arguments.shard_index}) must be at least 0 and below --num-shards "
+            f"({arguments.num_shards})."
+        )
+    prefix = arguments.output_prefix
+    if not prefix or prefix.endswith(os.sep) or Path(prefix).is_dir():
+        raise ArgumentError(f"--output-prefix ({prefix}) must not be a folder: name the files, as in data/train.")
     if arguments.eod_token is not None and not arguments.append_eod:
         raise ArgumentError(f"--eod-token ({arguments.eod_token}) needs --append-eod: add it.")
-
-
-def eod_token_id(folder: Path, token: str | None) -> int:
-    """Id of the end-of-document token.
-
-    Args:
-        folder: of the tokenizer.
-        token: None takes `eos_token` of its configuration, or else <|endoftext|>.
-
-    Raises:
-        ArgumentError: the tokenizer has no such token.
-    """
-    settings = folder / "tokenizer_config.json"
-    if token is None and settings.is_file():
-        try:
-            token = json.loads(settings.read_text()).get("eos_token")
-        except (ValueError, AttributeError) as error:
-            raise ArgumentError(f"{settings} is not a JSON object ({error}): save the tokenizer again.") from error
-        token = token["content"] if isinstance(token, dict) else token
-    token = token or "<|endoftext|>"
-    token_id = load_tokenizer(folder).token_to_id(token)
-    if token_id is None:
-        raise ArgumentError(f"--eod-token ({token}) must be a token of {folder}: name one that it has.")
-    return token_id
-
-
-def encode_all(files: list[Path], specification: Specification, workers: int) -> Iterator[Encoded]:
-    """Tokens of all records, in the order of the files, with a bounded number of tasks under way."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallel over processes, not over threads in each
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(specification,))
-    with pool:
-        pending = deque()
-        try:
-            for task in _tasks(record for path in files for record in read_records(path)):
-                pending.append(pool.submit(encode, task))
-                if len(pending) >= workers * _TASKS_AHEAD:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool as error:
-            raise InputError("a worker process was killed, perhaps for its memory: use fewer --workers.") from error
-        finally:
-            for future in pending:
-                future.cancel()
+    if len(set(arguments.text_key)) < len(arguments.text_key):
+        raise ArgumentError(f"--text-key ({' '.join(arguments.text_key)}) must name every key once.")
 
 
 def tokenize(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run the tool; the manifests of the main dataset and, if asked for, of the one for validation.
+    """Run the tool; the manifest of each dataset.
 
     Raises:
-        ArgumentError: see `check_arguments`, `find_files`, `load_tokenizer`.
-        InputError: see `read_records`, `read_text`; nothing new is left under the output's names.
+        ArgumentError: see `check_arguments`, `find_sources`, `open_tokenizer`, `choose_engine`.
+        InputError: a bad record or file under --on-error fail, no document at all, another process at the same output.
     """
     check_arguments(arguments)
-    files = find_files(arguments.input)
-    vocab_size = vocabulary_size(load_tokenizer(arguments.tokenizer))
-    specification = Specification(
-        tokenizer=str(arguments.tokenizer),
-        text_key=arguments.text_key,
-        eod_id=eod_token_id(arguments.tokenizer, arguments.eod_token) if arguments.append_eod else None,
-        special_in_text=arguments.special_in_text,
-        validation_percent=arguments.validation_percent,
-    )
-    prefixes = [arguments.output_prefix] + ([arguments.validation_prefix] if arguments.validation_prefix else [])
-    with ExitStack() as stack:
-        writers = [stack.enter_context(DatasetWriter(prefix, vocab_size)) for prefix in prefixes]
-        skipped = _fill(writers, files, specification, arguments)
-        for writer in writers:
-            if writer.num_documents == 0:
-                raise InputError(f"{writer.prefix} would have no documents: check --input and --validation-percent.")
-        facts = {
-            "vocab_size": vocab_size,
-            "eod_id": specification.eod_id,
-            "skipped": skipped,
-            "text_key": specification.text_key,
-            "special_in_text": specification.special_in_text,
-            "validation_percent": specification.validation_percent,
-            "tokenizer_sha256": sha256_of(arguments.tokenizer / "tokenizer.json"),
-            "sources": [{"name": p.name, "bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files],
+    sources = find_sources(arguments.input)
+    tokenizer = open_tokenizer(arguments.tokenizer, allow_special=arguments.special_in_text == "allow")
+    eod_id = None
+    if arguments.append_eod:
+        token = arguments.eod_token or tokenizer.end_of_document()
+        eod_id = tokenizer.token_id(token)
+        if eod_id is None:
+            raise ArgumentError(f"--eod-token ({token}) must be a token of {arguments.tokenizer}: name one it has.")
+    units = plan_units(sources, int(arguments.unit_mb * 1e6))
+    manifests = []
+    for key in arguments.text_key:
+        sample = _sample(units, key, arguments)
+        engine, reason = choose_engine(tokenizer, arguments.engine, sample)
+        print(f"engine: {engine_version(engine)} ({reason})")
+        specification = Specification(
+            tokenizer=arguments.tokenizer,
+            tokenizer_sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            engine=engine,
+            text_key=key,
+            tar_field=arguments.tar_field,
+            eod_id=eod_id,
+            special_in_text=arguments.special_in_text,
+            max_document_bytes=int(arguments.max_document_mb * 1e6),
+        )
+        prefix = arguments.output_prefix + (f"_{key}" if len(arguments.text_key) > 1 else "")
+        if arguments.num_shards > 1:
+            prefix += f"-{arguments.shard_index:05d}-of-{arguments.num_shards:05d}"
+        mine = units_of_shard(units, arguments.num_shards, arguments.shard_index)
+        manifests.append(make_dataset(mine, specification, prefix, arguments))
+    return manifests
+
+
+def make_dataset(
+    units: list[Unit], specification: Specification, prefix: str, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Tokenize units into one dataset; its manifest.
+
+    Raises:
+        InputError: see `tokenize`.
+    """
+    if not units:
+        raise InputError(f"{prefix} has no part of the input: use fewer --num-shards, or a smaller --unit-mb.")
+    fingerprint = hashlib.sha256("".join(key_of(unit, specification) for unit in units).encode()).hexdigest()
+    if (done := _finished(prefix, fingerprint, arguments.on_error)) is not None:
+        print(f"{prefix} is complete: nothing to do")
+        return done
+    work = Path(f"{prefix}.work")
+    with Output(prefix) as output:
+        work.mkdir(parents=True, exist_ok=True)
+        run = _Run(units, arguments.on_error)
+        records = run.collect(specification, work, arguments)
+        left_out = {units[i].source.path for i, record in enumerate(records) if record["damaged"]}
+        used = [i for i, unit in enumerate(units) if unit.source.path not in left_out and records[i]["documents"]]
+        if not used:
+            raise InputError(f"{prefix} would have no documents: check --input and --text-key.")
+        idx_sha256 = concatenate_records([(work / records[i]["key"], records[i]) for i in used], output)
+        manifest = _manifest(units, records, used, left_out, specification, output, idx_sha256)
+        manifest["fingerprint"] = fingerprint
+        write_json(Path(f"{prefix}.summary.json"), run.summary(records, manifest, specification, arguments))
+        output.commit(manifest)
+    shutil.rmtree(work)
+    print(f"{prefix}: {run.text_bytes / 1e6:.1f} MB of text in {run.seconds:.1f} s", end=": ")
+    print(f"{run.text_bytes / 1e6 / run.seconds:.1f} MB/s, {run.tokens / run.seconds:.0f} tokens/s")
+    return manifest
+
+
+def _finished(prefix: str, fingerprint: str, on_error: str) -> dict[str, Any] | None:
+    """The manifest of a dataset that was made from the same units in the same way."""
+    try:
+        manifest = check_dataset(prefix).manifest
+    except DatasetError:
+        return None
+    same = manifest.get("fingerprint") == fingerprint and (on_error == "skip" or not manifest["skipped"])
+    return manifest if same else None
+
+
+class _Run:
+    """Collects the records of the units, shows the progress, and applies the policy for what is bad."""
+
+    def __init__(self, units: list[Unit], on_error: str):
+        self.units, self.on_error = units, on_error
+        self.seconds = 0.0
+        self.resumed = self.tokens = self.text_bytes = 0
+        self.rss_mb = 0.0
+
+    def collect(self, specification: Specification, work: Path, arguments) -> list[dict[str, Any]]:
+        """Records in the order of the units.
+
+        Raises:
+            InputError: something bad under --on-error fail, by file and line.
+        """
+        if arguments.executor == "ray":
+            results = run_ray(self.units, specification, work)
+        elif arguments.workers == 1 or len(self.units) == 1:
+            results = run_here(self.units, specification, work)
+        else:
+            results = run_pool(self.units, specification, work, min(arguments.workers, len(self.units)))
+        records: list[Any] = [None] * len(self.units)
+        total, start = sum(unit.end - unit.start for unit in self.units), time.monotonic()
+        quiet = not sys.stderr.isatty()
+        with tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr, disable=quiet) as bar:
+            for i, record in results:
+                records[i] = record
+                self._judge(i, record, bar)
+                self.rss_mb = max(self.rss_mb, record["rss_mb"])
+                if record["resumed"]:
+                    self.resumed += 1
+                    if not quiet:  # so that the bar's rate is that of this run
+                        bar.initial += self.units[i].end - self.units[i].start
+                else:
+                    self.tokens += record["tokens"]
+                    self.text_bytes += record["text_bytes"]
+                seconds = time.monotonic() - start
+                rates = f"{self.tokens / seconds:.3g} tokens/s, {self.text_bytes / 1e6 / seconds:.1f} MB/s of text"
+                bar.set_postfix_str(rates, refresh=False)
+                bar.update(self.units[i].end - self.units[i].start)
+        self.seconds = max(time.monotonic() - start, 1e-9)
+        return records
+
+    def _judge(self, i: int, record: dict[str, Any], bar) -> None:
+        source = self.units[i].source
+        if not record["damaged"] and not record["examples"]:
+            return
+        if record["damaged"]:
+            worst = f"{source.path}{record['damaged']}: the file is cut or broken: fetch it again"
+        else:
+            before = 0
+            if self.on_error == "fail" and source.kind == "jsonl" and record["examples"][0][1]:
+                before = count_lines_before(self.units[i])
+            _, number, message = record["examples"][0]
+            worst = f"{source.place(number + before)}: {message}"
+        if self.on_error == "fail":
+            kept = "; what is done is kept for the next run" if len(self.units) > 1 else ""
+            raise InputError(f"{worst} (--on-error skip leaves such records out and counts them{kept})")
+        if record["damaged"]:
+            bar.write(f"skipped the whole file: {worst}", file=sys.stderr)
+
+    def problems(self, records: list[dict[str, Any]]) -> tuple[dict[str, int], list[str]]:
+        """Counts by kind, and the places of the first ones, with lines numbered from the file's beginning."""
+        counts, places, before = Counter(), [], {}
+        for unit, record in zip(self.units, records, strict=True):
+            source = unit.source
+            if record["damaged"]:
+                counts["damaged_file"] += 1
+                places.append(f"{source.path}{record['damaged']}: cut or broken, all of it is left out")
+                continue
+            counts.update(record["problems"])
+            if source.kind == "jsonl":
+                if source.path not in before:
+                    needed = unit.start and any(r["examples"] for r in records)
+                    before[source.path] = count_lines_before(unit) if needed else 0
+                offset = before[source.path]
+                before[source.path] += record["records"]
+            else:
+                offset = 0
+            if len(places) < _LISTED_PROBLEMS:
+                places += [f"{source.place(n + offset if n else 0)}: {m}" for _, n, m in record["examples"]]
+        return dict(sorted(counts.items())), places[:_LISTED_PROBLEMS]
+
+    def summary(self, records, manifest, specification: Specification, arguments) -> dict[str, Any]:
+        """What happened in this run."""
+        counts, places = self.problems(records)
+        return {
+            "documents": manifest["documents"],
+            "tokens": manifest["tokens"],
+            "text_bytes": sum(record["text_bytes"] for record in records),
+            "input_bytes": sum(unit.end - unit.start for unit in self.units),
+            "engine": engine_version(specification.engine),
+            "executor": arguments.executor,
+            "workers": arguments.workers,
+            "units": len(records),
+            "units_resumed": self.resumed,
+            "seconds": round(self.seconds, 3),
+            "tokens_per_s": round(self.tokens / self.seconds),
+            "text_mb_per_s": round(self.text_bytes / 1e6 / self.seconds, 3),
+            "peak_rss_mb_of_a_worker": round(self.rss_mb, 1),
+            "skipped": counts,
+            "skipped_places": places,
         }
-        return [writer.finish(facts) for writer in writers]
 
 
-def _tasks(records: Iterable[Record]) -> Iterator[list[Record]]:
-    task, num_bytes = [], 0
+def _manifest(units, records, used, left_out, specification: Specification, output: Output, idx_sha256: str):
+    counts = Counter()
     for record in records:
-        task.append(record)
-        num_bytes += len(record.data)
-        if num_bytes >= _TASK_BYTES:
-            yield task
-            task, num_bytes = [], 0
-    if task:
-        yield task
+        counts.update({"damaged_file": 1} if record["damaged"] else record["problems"])
+    facts = contents(
+        num_documents=sum(records[i]["documents"] for i in used),
+        num_tokens=sum(records[i]["tokens"] for i in used),
+        max_token_id=max(records[i]["max_token_id"] for i in used),
+        dtype=optimal_dtype(specification.vocab_size),
+        parts=[part for i in used for part in records[i]["files"]["bin"]["parts"]],
+        idx_bytes=output.idx.stat().st_size,
+        idx_sha256=idx_sha256,
+    )
+    ranges = defaultdict(list)
+    for unit, record in zip(units, records, strict=True):
+        ranges[unit.source].append((unit, record))
+    return facts | {
+        **{name: value for name, value in specification.describe().items() if name != "max_document_bytes"},
+        "skipped": sum(counts.values()),
+        "skipped_kinds": dict(sorted(counts.items())),
+        "sources": [_describe_source(source, parts, source.path in left_out) for source, parts in ranges.items()],
+    }
 
 
-def _fill(writers: list[DatasetWriter], files: list[Path], specification: Specification, arguments) -> int:
-    """Write all documents; the number of records that were skipped."""
-    skipped, num_bytes = 0, 0
-    with tqdm(unit="token", unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty()) as progress:
-        start = time.monotonic()
-        for encoded in encode_all(files, specification, arguments.workers):
-            for problem in encoded.problems:
-                if arguments.on_error == "fail":
-                    raise InputError(f"{problem} (--on-error skip leaves such records out and counts them)")
-                progress.write(f"skipped: {problem}", file=sys.stderr)
-            skipped += len(encoded.problems)
-            for ids, in_validation in zip(encoded.ids, encoded.in_validation, strict=True):
-                writers[in_validation].add(ids)
-            num_bytes += encoded.num_bytes
-            speed = num_bytes / 1e6 / (time.monotonic() - start)
-            progress.set_postfix_str(f"{speed:.1f} MB/s", refresh=False)
-            progress.update(sum(len(ids) for ids in encoded.ids))
-        seconds = time.monotonic() - start
-    num_tokens = sum(writer.num_tokens for writer in writers)
-    print(f"{num_bytes / 1e6:.1f} MB of text in {seconds:.1f} s: {num_bytes / 1e6 / seconds:.1f} MB/s,", end=" ")
-    print(f"{num_tokens / seconds:.0f} tokens/s" + (f"; skipped {skipped} records" if skipped else ""))
-    return skipped
+def _describe_source(source: Source, parts: list[tuple[Unit, dict[str, Any]]], left_out: bool) -> dict[str, Any]:
+    facts: dict[str, Any] = {"name": source.name, "bytes": source.num_bytes}
+    if left_out:
+        return facts | {"left_out": "cut or broken"}
+    if len(parts) == 1 and parts[0][0].end - parts[0][0].start == source.num_bytes:
+        return facts | {"sha256": parts[0][1]["sha256"]}
+    ranges = [{"start": unit.start, "end": unit.end, "sha256": record["sha256"]} for unit, record in parts]
+    return facts | {"ranges": ranges}
+
+
+def _sample(units: list[Unit], text_key: str, arguments: argparse.Namespace) -> list[str]:
+    """Texts of the beginnings of a few units."""
+    texts: list[str] = []
+    chosen = units[:: max(1, len(units) // 4)][:4]
+    for unit in chosen:
+        reader = UnitReader(
+            unit,
+            text_key=text_key,
+            tar_field=arguments.tar_field,
+            max_document_bytes=int(arguments.max_document_mb * 1e6),
+        )
+        room = _SAMPLE_CHARACTERS // len(chosen)
+        try:
+            for batch in reader:
+                for text in batch.texts:
+                    texts.append(text[:room])
+                    room -= len(text)
+                    if room <= 0:
+                        break
+                if room <= 0:
+                    break
+        except DamagedError:
+            continue  # reported when the unit is read as a whole
+    return texts
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -193,11 +350,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         manifests = tokenize(arguments)
-    except (ArgumentError, InputError, OSError) as error:
+    except (ArgumentError, InputError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ArgumentError) else 1
-    for prefix, manifest in zip((arguments.output_prefix, arguments.validation_prefix), manifests, strict=False):
-        print(f"{prefix}: {manifest['documents']} documents, {manifest['tokens']} tokens, {manifest['dtype']}")
+        return 2 if isinstance(error, ArgumentError | ImportError) else 1
+    for manifest in manifests:
+        skipped = f", {manifest['skipped']} skipped" if manifest["skipped"] else ""
+        print(f"{manifest['documents']} documents, {manifest['tokens']} tokens, {manifest['dtype']}{skipped}")
     return 0
 
 

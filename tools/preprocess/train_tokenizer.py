@@ -7,20 +7,23 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tools.preprocess.readers import FORMATS, ArgumentError, InputError, find_files, read_records, read_text
+from tools.preprocess.readers import DamagedError, UnitReader
+from tools.preprocess.sources import FORMATS, ArgumentError, InputError, Source, Unit, find_sources
 
 END_OF_DOCUMENT, PADDING = "<|endoftext|>", "<|pad|>"
+_MAX_DOCUMENT_BYTES = 2**27
 
 
-def train(files: list[Path], *, text_key: str, vocab_size: int) -> Tokenizer:
+def train(sources: list[Source], *, text_key: str, vocab_size: int) -> Tokenizer:
     """Byte-level BPE without normalisation, so every text comes back exactly; deterministic.
 
     Args:
-        files: from `find_files`.
+        sources: from `find_sources`.
         text_key: key of the text in JSON lines.
         vocab_size: ids, with the 256 bytes and two special tokens; a small corpus gives fewer.
 
@@ -36,9 +39,21 @@ def train(files: list[Path], *, text_key: str, vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    texts = (read_text(record, text_key) for path in files for record in read_records(path))
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(_texts(sources, text_key), trainer)
     return tokenizer
+
+
+def _texts(sources: list[Source], text_key: str) -> Iterator[str]:
+    for source in sources:
+        unit = Unit(source=source, start=0, end=source.num_bytes)
+        try:
+            for batch in UnitReader(unit, text_key=text_key, tar_field="txt", max_document_bytes=_MAX_DOCUMENT_BYTES):
+                if batch.problems:
+                    _, number, message = batch.problems[0]
+                    raise InputError(f"{source.place(number)}: {message}")
+                yield from batch.texts
+        except DamagedError as error:
+            raise InputError(f"{source.path}{error}: the file is cut or broken: fetch it again.") from error
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
@@ -71,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         if arguments.output.exists() and not arguments.output.is_dir():
             raise ArgumentError(f"--output ({arguments.output}) must be a folder: name another.")
-        tokenizer = train(find_files(arguments.input), text_key=arguments.text_key, vocab_size=arguments.vocab_size)
+        tokenizer = train(find_sources(arguments.input), text_key=arguments.text_key, vocab_size=arguments.vocab_size)
         save(tokenizer, arguments.output)
     except (ArgumentError, InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,95 @@
+"""Who runs `tokenize_unit`: this process, a pool of processes, or tasks of a Ray cluster; the bytes are the same."""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from megatron_gdn.optional import require
+from tools.preprocess.shards import Specification, tokenize_unit
+from tools.preprocess.sources import InputError, Unit
+
+# Units under way per worker, so that none waits and a failure stops soon.
+_AHEAD = 2
+
+Results = Iterator[tuple[int, dict[str, Any]]]
+
+
+def run_here(units: list[Unit], specification: Specification, folder: Path) -> Results:
+    """Position and record of each unit, one after the other in this process."""
+    for i, unit in enumerate(units):
+        yield i, tokenize_unit(unit, specification, folder)
+
+
+def run_pool(units: list[Unit], specification: Specification, folder: Path, workers: int) -> Results:
+    """Position and record of each unit as they are done, by processes of this machine.
+
+    Raises:
+        InputError: a process was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+        pending, waiting = {}, iter(enumerate(units))
+        try:
+            while True:
+                while len(pending) < workers * _AHEAD and (following := next(waiting, None)):
+                    i, unit = following
+                    pending[pool.submit(tokenize_unit, unit, specification, folder)] = i
+                if not pending:
+                    return
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    yield pending.pop(future), future.result()
+        except BrokenProcessPool as error:
+            raise InputError("a worker process was killed, perhaps for its memory: use fewer --workers.") from error
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def run_ray(units: list[Unit], specification: Specification, folder: Path) -> Results:
+    """Position and record of each unit as they are done, by Ray tasks of one CPU each.
+
+    The cluster is that of RAY_ADDRESS, or this machine. Its nodes must see the inputs and the output's folder under the
+    same paths, and have this package.
+    """
+    ray = require("ray", extra="ray", purpose="--executor ray")
+    started = not ray.is_initialized()
+    if started:
+        root = str(Path(__file__).parents[2])
+        ray.init(logging_level="warning", runtime_env={"env_vars": {"PYTHONPATH": root}})
+    try:
+        task = ray.remote(num_cpus=1)(_tokenize_in)
+        common = ray.put(specification)
+        slots = max(1, int(ray.cluster_resources().get("CPU", 1))) * _AHEAD
+        pending, waiting = {}, iter(enumerate(units))
+        while True:
+            while len(pending) < slots and (following := next(waiting, None)):
+                i, unit = following
+                pending[task.remote(os.getcwd(), unit, common, folder)] = i
+            if not pending:
+                return
+            for done in ray.wait(list(pending))[0]:
+                yield pending.pop(done), ray.get(done)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _tokenize_in(cwd: str, unit: Unit, specification: Specification, folder: Path) -> dict[str, Any]:
+    """`tokenize_unit` in the folder that relative paths are from."""
+    os.chdir(cwd)
+    return tokenize_unit(unit, specification, folder)
+
+
+def _start_worker() -> None:
+    """End with the process that started this one: a worker of a killed parent would wait for tasks for ever."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
