@@ -15,6 +15,7 @@ from tests.ranks import pool
 from tests.training import runs
 from tests.training.test_engine import run_config
 from tools.convert import hf_to_megatron, megatron_to_hf
+from tools.convert.architecture import Architecture
 from tools.convert.checkpoint import MegatronCheckpoint
 from tools.convert.errors import ConvertError
 from tools.convert.formats import FORMATS, choose_format
@@ -185,10 +186,11 @@ def test_imported_model_trains_on(checkpoints, tmp_path):
     export(tmp_path / "second", tmp_path / "hf2")
 
 
-def test_gates_and_their_norm_stay_in_float32(checkpoints, tmp_path):
+def test_gates_and_norms_stay_in_float32(checkpoints, tmp_path):
     folder = SafetensorsFolder(export(checkpoints["pure"][0], tmp_path / "hf", "--dtype", "bf16"))
-    wide = {key.rsplit(".attn.", 1)[1] for key in folder.keys() if folder.read(key).dtype == torch.float32}
-    assert wide == {"A_log", "dt_bias", "o_norm.weight"}
+    wide = {key.rsplit(".attn.", 1)[-1] for key in folder.keys() if folder.read(key).dtype == torch.float32}
+    norms = {f"model.layers.{i}.{name}_norm.weight" for i in range(3) for name in ("attn", "mlp")}
+    assert wide == {"A_log", "dt_bias", "o_norm.weight", "model.norm.weight"} | norms
 
 
 def test_vocabulary_is_not_padded(checkpoints, tmp_path):
@@ -216,10 +218,10 @@ def test_vocabulary_is_not_padded(checkpoints, tmp_path):
 def test_format_that_cannot_hold_a_model_is_refused(model, reasons):
     described = run_config(**model).model
     if not reasons:
-        assert choose_format(described).name == "gated_deltanet"
+        assert choose_format(Architecture(model=described))[0].name == "gated_deltanet"
         return
     with pytest.raises(ConvertError, match="no format holds this model exactly") as caught:
-        choose_format(described)
+        choose_format(Architecture(model=described))
     for reason in reasons:
         assert reason in str(caught.value)
 
@@ -309,7 +311,8 @@ def test_sizes_and_shards():
 def test_every_format_reads_what_it_writes():
     for found in FORMATS.values():
         model = run_config(**PURE).model
-        again = found.read_config(found.write_config(model))
+        again, experts = found.read_config(found.write_config(Architecture(model=model)))
+        assert experts is None
         written = asdict(model)
         for name in ("linear_num_key_heads", "linear_value_head_dim", "hidden_size", "ffn_hidden_size", "norm_epsilon"):
             assert again[name] == written[name]

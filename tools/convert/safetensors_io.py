@@ -4,8 +4,10 @@ import json
 import os
 import re
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +16,8 @@ from torch import Tensor
 from tools.convert.errors import ConvertError
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_NAMES = {name: dtype for dtype, name in _DTYPES.items()}
+_BLOCK_BYTES = 2**24
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -36,6 +40,9 @@ class Planned:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.name} {str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
 
     @property
     def num_bytes(self) -> int:
@@ -69,7 +76,7 @@ def write_shard(path: Path, tensors: list[Planned], read: Callable[[str], Tensor
     Args:
         path: of the file.
         tensors: its tensors, in order.
-        read: gives a tensor of the planned shape and dtype by name; called once for each, in order.
+        read: gives a tensor of the planned shape by name; called once for each, in order.
     """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for tensor in tensors:
@@ -82,15 +89,29 @@ def write_shard(path: Path, tensors: list[Planned], read: Callable[[str], Tensor
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     aside = path.with_name(path.name + ".partial")
-    with aside.open("wb") as file:
+    with _removed_on_error(aside), aside.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
-            data = read(tensor.name).contiguous()
-            assert tuple(data.shape) == tensor.shape and data.dtype == tensor.dtype, tensor.name
-            file.write(data.view(-1).view(torch.uint8).numpy().data if data.numel() else b"")
+            data = read(tensor.name)
+            assert tuple(data.shape) == tensor.shape, tensor.name
+            # A few rows at a time, so that another dtype or order takes no second copy of a large tensor.
+            rows = max(1, _BLOCK_BYTES // max(1, tensor.num_bytes // max(1, len(data))))
+            for start in range(0, len(data), rows):
+                block = data[start : start + rows].to(tensor.dtype).contiguous()
+                file.write(block.view(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+
+
+@contextmanager
+def _removed_on_error(path: Path):
+    """A file that could not be written whole goes away and gives its space back."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def write_index(folder: Path, shards: list[list[Planned]], names: list[str]) -> None:
@@ -114,15 +135,18 @@ class SafetensorsFolder:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
             try:
-                files = dict(json.loads(index.read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
+                files = json.loads(index.read_text())["weight_map"]
+                names = sorted(set(files.values()))
+                if not all(isinstance(name, str) for name in names):
+                    raise TypeError("weight_map must hold names of files")
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise ConvertError(f"{index} is not an index of safetensors ({error!r}).") from error
         elif (folder / "model.safetensors").is_file():
-            files = None
+            files, names = None, ["model.safetensors"]
         else:
             raise ConvertError(f"{folder} has no model.safetensors and no index: pickled weights are not read.")
-        names = ["model.safetensors"] if files is None else sorted(set(files.values()))
-        self._files: dict[str, Path] = {}
+        self._stored: dict[str, _Stored] = {}
+        self._opened: tuple[Path, Any] | None = None
         for name in names:
             path = folder / name
             if Path(name).name != name or not path.is_file():
@@ -131,23 +155,45 @@ class SafetensorsFolder:
                 for key in file.keys():
                     if files is not None and files.get(key) != name:
                         raise ConvertError(f"{path} holds {key}, and {index} says otherwise: copy the folder whole.")
-                    self._files[key] = path
-        if missing := sorted(set(files or ()) - set(self._files)):
+                    found = file.get_slice(key)
+                    self._stored[key] = _Stored(path, tuple(found.get_shape()), found.get_dtype())
+        if missing := sorted(set(files or ()) - set(self._stored)):
             raise ConvertError(f"{index} names {missing[0]}, which no file holds: copy the folder whole.")
+
+    @property
+    def fingerprint(self) -> list:
+        """Tells this folder from another: names, sizes and times of its files."""
+        files = sorted({stored.path for stored in self._stored.values()})
+        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
     def keys(self) -> list[str]:
         """Names of the tensors, sorted."""
-        return sorted(self._files)
-
-    def read(self, name: str) -> Tensor:
-        """A tensor, as it is stored."""
-        with _open(self._files[name]) as file:
-            return file.get_tensor(name)
+        return sorted(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
-        with _open(self._files[name]) as file:
-            return tuple(file.get_slice(name).get_shape())
+        return self._stored[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor, without reading it."""
+        found = self._stored[name].dtype
+        if found not in _NAMES:
+            raise ConvertError(f"{name} has the dtype {found}: only {', '.join(_NAMES)} are converted.")
+        return _NAMES[found]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, as it is stored."""
+        path = self._stored[name].path
+        if self._opened is None or self._opened[0] != path:
+            self._opened = (path, _open(path))  # only one file is mapped at a time
+        return self._opened[1].get_tensor(name)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def _open(path: Path):
