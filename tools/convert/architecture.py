@@ -58,16 +58,15 @@ class Architecture:
         """Whether the MLP of a layer is a mixture of experts."""
         return self.experts is not None and layer in self.experts.layers
 
-    def attention(self, symbol: str) -> AttentionConfig:
-        """Options of an attention layer."""
-        return self.model.sliding_attention if symbol == "S" else self.model.full_attention
-
     @property
-    def attention_heads(self) -> tuple[int, int, int]:
+    def attention_layers(self) -> dict[int, AttentionConfig]:
+        """Options of the attention layers by their number from 0."""
+        return {i: self.model.attention_options(i + 1) for i, symbol in enumerate(self.symbols) if symbol in "S*"}
+
+    def attention_heads(self, layer: int) -> tuple[int, int, int]:
         """Query heads, key/value heads, channels of a head."""
         model = self.model
-        heads = model.num_attention_heads
-        return heads, model.num_query_groups or heads, model.kv_channels or model.hidden_size // heads
+        return model.num_attention_heads, self.attention_layers[layer].num_query_groups, model.attention_head_dim
 
 
 def layer_key(layer: int, name: str) -> str:
@@ -86,7 +85,7 @@ def expected_shapes(architecture: Architecture) -> dict[str, Shape]:
             found["pre_mlp_layernorm.weight"] = (H,)
             found |= _expert_shapes(architecture) if architecture.has_experts(i) else _mlp_shapes(model)
         mixers = {"G": _gated_delta_net_shapes, "M": _mamba2_shapes}
-        mixer = mixers.get(layer.symbol, _attention_shapes)(architecture, layer.symbol)
+        mixer = mixers.get(layer.symbol, _attention_shapes)(architecture, i)
         found |= {f"self_attention.{name}": shape for name, shape in mixer.items()}
         shapes |= {layer_key(i, name): shape for name, shape in found.items()}
     shapes["decoder.final_layernorm.weight"] = (H,)
@@ -165,8 +164,8 @@ def _mamba2_shapes(architecture: Architecture, _) -> dict[str, Shape]:
     return shapes | {"out_proj.weight": (H, out.num_rows)}
 
 
-def _attention_shapes(architecture: Architecture, symbol: str) -> dict[str, Shape]:
-    options, (heads, groups, D) = architecture.attention(symbol), architecture.attention_heads
+def _attention_shapes(architecture: Architecture, layer: int) -> dict[str, Shape]:
+    options, (heads, groups, D) = architecture.attention_layers[layer], architecture.attention_heads(layer)
     H, rows = architecture.model.hidden_size, heads * (2 if options.output_gate else 1) + 2 * groups
     shapes = {"linear_qkv.weight": (rows * D, H), "linear_proj.weight": (H, heads * D)}
     return shapes | ({"q_layernorm.weight": (D,), "k_layernorm.weight": (D,)} if options.qk_norm else {})

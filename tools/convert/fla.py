@@ -71,13 +71,11 @@ def table(names: Iterable[str]) -> Table:
 def obstacles(architecture: Architecture) -> list[str]:
     """Reasons why the format cannot hold a model."""
     model, found = architecture.model, common_obstacles(architecture)
-    symbols = set(architecture.symbols)
-    for symbol in ("S", "*"):
-        options = architecture.attention(symbol)
-        differing = _differing(options)
-        if symbol in symbols and differing:
+    attention = architecture.attention_layers
+    for differing in dict.fromkeys(_differing(options) for options in attention.values()):
+        if differing:
             found.append(f"its attention has full rotary embedding, no norm of q and k, and no gate ({differing})")
-    if symbols & {"S", "*"} and model.kv_channels not in (None, model.hidden_size // model.num_attention_heads):
+    if attention and model.attention_head_dim * model.num_attention_heads != model.hidden_size:
         found.append(f"its attention heads have hidden_size / num_attention_heads channels, not {model.kv_channels}")
     if architecture.experts:
         found.append("it has no experts")
@@ -85,28 +83,27 @@ def obstacles(architecture: Architecture) -> list[str]:
 
 
 def _differing(options: AttentionConfig) -> str:
-    plain = asdict(AttentionConfig(window=options.window))
+    plain = asdict(AttentionConfig(window=options.window, num_query_groups=options.num_query_groups))
     return ", ".join(f"{name} {value}" for name, value in asdict(options).items() if value != plain[name])
 
 
 def write_config(architecture: Architecture) -> HfConfig:
     """`config.json`, without vocabulary, dtype and special tokens."""
     model, symbols = architecture.model, architecture.symbols
-    attention = []
-    for symbol in ("S", "*"):
-        layers = [i for i, found in enumerate(symbols) if found == symbol]
-        if layers:
-            heads, groups, _ = architecture.attention_heads
-            attention.append(
-                {
-                    "layers": layers,
-                    "num_heads": heads,
-                    "num_kv_heads": groups,
-                    "qkv_bias": False,
-                    "window_size": architecture.attention(symbol).window,
-                    "rope_theta": float(model.rotary_base),
-                }
-            )
+    kinds: dict[tuple[int | None, int], list[int]] = {}
+    for i, options in architecture.attention_layers.items():
+        kinds.setdefault((options.window, options.num_query_groups), []).append(i)
+    attention = [
+        {
+            "layers": layers,
+            "num_heads": model.num_attention_heads,
+            "num_kv_heads": groups,
+            "qkv_bias": False,
+            "window_size": window,
+            "rope_theta": float(model.rotary_base),
+        }
+        for (window, groups), layers in kinds.items()
+    ]
     return {
         "architectures": ["GatedDeltaNetForCausalLM"],
         "model_type": "gated_deltanet",
@@ -177,28 +174,30 @@ def read_config(config: HfConfig) -> tuple[dict[str, Any], None]:
     symbols = ["G"] * config["num_hidden_layers"]
     attention = config.get("attn") or []
     for entry in [attention] if isinstance(attention, dict) else attention:
-        for name, value in _attention_fields(entry, symbols).items():
-            if fields.setdefault(name, value) != value:
-                raise ConvertError(
-                    f"attn has layers of different {name}: this project has one value for all of a kind."
-                )
+        _read_attention(entry, symbols, fields)
     return fields | dict(pattern="".join(f"{symbol}-" for symbol in symbols)), None
 
 
 _ATTENTION = {"layers", "num_heads", "num_kv_heads", "qkv_bias", "window_size", "rope_theta"}
 
 
-def _attention_fields(entry: dict[str, Any], symbols: list[str]) -> dict[str, Any]:
-    """Fields of the model for one entry of `attn`; marks its layers in `symbols`."""
+def _read_attention(entry: dict[str, Any], symbols: list[str], fields: dict[str, Any]) -> None:
+    """Put an entry of `attn` into the pattern and the fields of the model."""
     if unknown := sorted(set(entry) - _ATTENTION):
         raise ConvertError(f"attn.{unknown[0]} ({entry[unknown[0]]}) is not known, and may change the model.")
     if entry.get("qkv_bias"):
         raise ConvertError("attn.qkv_bias (true) must be false: this project's attention has no biases.")
-    window, base = entry.get("window_size"), entry.get("rope_theta", 10000.0)
+    window, base, heads = entry.get("window_size"), entry.get("rope_theta", 10000.0), entry["num_heads"]
     if base is None or base != int(base):
         raise ConvertError(f"attn.rope_theta ({base}) must be a whole number.")
+    for name, value in dict(num_attention_heads=heads, rotary_base=int(base)).items():
+        if fields.setdefault(name, value) != value:
+            raise ConvertError(f"attn has layers of different {name}: this project has one value for all layers.")
+    options = dict(window=window, num_query_groups=entry.get("num_kv_heads") or heads)
+    # The first entry with or without a window says what all such layers have, further ones what theirs have.
+    kind = "full_attention" if window is None else "sliding_attention"
+    differ = fields.setdefault(kind, options) != options
     for i in entry["layers"]:
         symbols[i] = "*" if window is None else "S"
-    heads = entry["num_heads"]
-    fields = dict(num_attention_heads=heads, num_query_groups=entry.get("num_kv_heads") or heads, rotary_base=int(base))
-    return fields | ({} if window is None else dict(sliding_attention=dict(window=window)))
+        if differ:
+            fields.setdefault("attention_layers", {})[i + 1] = options

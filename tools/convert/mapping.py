@@ -213,8 +213,8 @@ def _attention(context: _Context, ours, theirs) -> Link:
     """Megatron's rows, for each key/value head: its query heads, their gates, its key, its value. Theirs are q, k, v;
     q has, for each head, its query and its gate."""
     architecture = context.architecture
-    heads, groups, D = architecture.attention_heads
-    gate = architecture.attention(architecture.symbols[context.layer]).output_gate
+    heads, groups, D = architecture.attention_heads(context.layer)
+    gate = architecture.attention_layers[context.layer].output_gate
     each, H = heads // groups, architecture.model.hidden_size
 
     def to_theirs(fused: Tensor) -> Tensors:

@@ -239,7 +239,8 @@ def args_of_architecture(architecture: Architecture, sequence_length: int) -> ar
         ConvertError: Megatron-LM has no argument for something in the model.
     """
     model, symbols, experts = architecture.model, architecture.symbols, architecture.experts
-    kinds = [architecture.attention(symbol) for symbol in dict.fromkeys(symbols) if symbol in "S*"]
+    attention = architecture.attention_layers
+    kinds = list({str(options): options for options in attention.values()}.values())
     refused = {
         "allow_neg_eigval": model.allow_neg_eigval,
         "use_output_gate (false)": not model.use_output_gate,
@@ -247,12 +248,13 @@ def args_of_architecture(architecture: Architecture, sequence_length: int) -> ar
         "use_qk_l2norm (false)": not model.use_qk_l2norm,
         "a layer without MLP": not all(layer.mlp for layer in architecture.layers),
         "Mamba2 layers": "M" in symbols,
-        "attention of two kinds": len({replace(kind, window=None) for kind in kinds}) > 1,
+        "attention of two kinds": any(replace(kind, window=None) != replace(kinds[0], window=None) for kind in kinds),
+        "windows of two sizes": len({kind.window for kind in kinds} - {None}) > 1,
     }
     if found := [name for name, value in refused.items() if value]:
         raise ConvertError(f"Megatron-LM's Gated DeltaNet has no {', '.join(found)}: use --for megatron_gdn.")
     options = kinds[0] if kinds else model.full_attention
-    heads, groups, channels = architecture.attention_heads if kinds else (1, 1, model.hidden_size)
+    heads, groups, channels = architecture.attention_heads(min(attention)) if kinds else (1, 1, model.hidden_size)
     args = dict(
         num_layers=len(symbols),
         hidden_size=model.hidden_size,
@@ -289,7 +291,8 @@ def args_of_architecture(architecture: Architecture, sequence_length: int) -> ar
         num_experts=None,
     )
     if "S" in symbols:
-        args["window_size"] = (model.sliding_attention.window - 1, 0)
+        (window,) = {kind.window for kind in kinds} - {None}
+        args["window_size"] = (window - 1, 0)
         args["window_attn_skip_freq"] = [int(symbol == "S") for symbol in symbols]
     if experts is not None:
         args |= dict(

@@ -17,6 +17,4 @@ def common_obstacles(architecture: Architecture) -> list[str]:
         found.append("its state always decays (use_decay is false)")
     if not model.use_qk_l2norm:
         found.append("it always normalises q and k (use_qk_l2norm is false)")
-    if "S" in architecture.symbols and not model.sliding_attention.rope:
-        found.append("its attention has rotary embedding (sliding_attention.rope is false)")
     return found

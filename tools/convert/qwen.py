@@ -90,11 +90,13 @@ def obstacles(architecture: Architecture) -> list[str]:
         found.append("its Gated DeltaNet always has an output gate (use_output_gate is false)")
     if "S" in architecture.symbols:
         found.append("it has no sliding windows")
-    options = model.full_attention
-    wanted = {"rope": options.rope, "qk_norm": options.qk_norm, "output_gate": options.output_gate}
-    missing = ", ".join(f"full_attention.{name} is false" for name, value in wanted.items() if not value)
-    if "*" in architecture.symbols and missing:
+    attention = list(architecture.attention_layers.values())
+    lacking = [name for name in ("rope", "qk_norm", "output_gate") if not all(getattr(x, name) for x in attention)]
+    if lacking:
+        missing = ", ".join(f"{name} is false" for name in lacking)
         found.append(f"its attention has rotary embedding, norms of q and k, and an output gate ({missing})")
+    if any(options != attention[0] for options in attention):
+        found.append("all its attention layers have the same options (attention_layers)")
     return found
 
 
@@ -105,8 +107,10 @@ def qwen3_5_text_obstacles(architecture: Architecture) -> list[str]:
 
 def _write_config(architecture: Architecture, name: str, class_name: str) -> HfConfig:
     model, symbols = architecture.model, architecture.symbols
-    heads, groups, head_dim = architecture.attention_heads if "*" in symbols else (1, 1, model.hidden_size)
-    share = model.full_attention.rotary_percent
+    heads, groups, head_dim, share = 1, 1, model.hidden_size, 1.0  # asked for without attention too
+    for i, options in architecture.attention_layers.items():
+        heads, groups, head_dim = architecture.attention_heads(i)
+        share = options.rotary_percent
     rope = {"rope_type": "default", "rope_theta": float(model.rotary_base)}
     return {
         "architectures": [class_name],
