@@ -36,8 +36,7 @@ from torch.nn import functional as F
 
 from megatron_gdn import initialization as init
 from megatron_gdn.documents import chunk_table_of
-from megatron_gdn.kernels import causal_conv1d
-from megatron_gdn.kernels.ssd.api import ssd
+from megatron_gdn.kernels import causal_conv1d, ssd
 from megatron_gdn.sections import local_sizes, mamba2_sections
 from megatron_gdn.sharded_sections import split_on_disk
 
@@ -180,7 +179,7 @@ class Mamba2(MegatronModule):
         pg_collection: process groups; reads `tp`.
         scale_out_proj: draw out_proj with the host's `output_layer_init_method`; False: with `init_method`.
         A_init_range: range of A at the start; Mamba2 draws A ~ U(1, 16).
-        backend: kernel backend: "auto" or "torch".
+        backend: kernel backend: "auto", "torch" or "triton".
 
     Raises:
         ValueError: heads or groups that do not fit together or the number of ranks; context parallelism.

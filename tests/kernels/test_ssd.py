@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_gdn.kernels import prepare_chunk_table
+from megatron_gdn.kernels import prepare_chunk_table, ssd
 from megatron_gdn.kernels.ssd import chunk
-from megatron_gdn.kernels.ssd.api import ssd
 from megatron_gdn.kernels.ssd.reference import recurrent_ssd_ref
 from tests.kernels.data import assert_equal, bounds, loss, loss_weights, rms_error
 

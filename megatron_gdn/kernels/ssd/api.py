@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_gdn.kernels.backend import accumulate_dtype, check_floats, resolve_backend
+from megatron_gdn.kernels.backend import accumulate_dtype, check_floats, check_triton_dtypes, resolve_backend
 from megatron_gdn.kernels.ssd.chunk import ChunkSSD, Setting
 from megatron_gdn.kernels.varlen import ChunkTable, table_of_batch
 
@@ -25,7 +25,7 @@ def ssd(
 
         S_t = exp(dt_t A) S_{t-1} + dt_t B_t^T x_t        y_t = C_t S_t + D x_t
 
-    Arithmetic is float32, or float64 where x is float64.
+    Backend torch computes in float32, or float64 where x is float64; triton multiplies in x's dtype, sums in float32.
 
     Args:
         x: `[batch, T, H, P]`, any float dtype, any strides.
@@ -38,18 +38,22 @@ def ssd(
         output_final_state: return the state after each sequence.
         cu_seqlens: `[M + 1]` int32 or int64, bounds of documents packed in batch = 1; the state restarts at each,
             documents may be empty. A table from `prepare_chunk_table` saves reading the bounds in every call.
-        backend: see `megatron_gdn.kernels.backend`; "auto" means "torch", the only one so far.
+        backend: see `megatron_gdn.kernels.backend`.
 
     Returns:
         y `[batch, T, H, P]` in x's dtype, and the final states `[M, H, N, P]` in float32 (float64) or None. T may be 0.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match, bad bounds, a backend other than "auto" or "torch".
+        ValueError: shapes, dtypes or devices that do not match, bad bounds, an unknown backend.
     """
-    backend = resolve_backend("torch" if backend == "auto" else backend, x.device)
-    if backend != "torch":
-        raise ValueError(f"backend ({backend}) does not have ssd: use 'torch' or 'auto'.")
+    backend = resolve_backend(backend, x.device)
     table = _check(x, dt, A, B, C, D, initial_state, cu_seqlens)
+    if backend == "triton":
+        from megatron_gdn.kernels.ssd.triton_ssd import TritonSSD
+
+        check_triton_dtypes(x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=initial_state)
+        y, final_state = TritonSSD.apply(x, dt, B, C, A, D, initial_state, table)
+        return y, final_state if output_final_state else None
     setting = Setting(table=table, dtype=accumulate_dtype(x.dtype), grad_enabled=torch.is_grad_enabled())
     tokens = (t.flatten(0, 1) for t in (x, dt, B, C))
     y, final_state = ChunkSSD.apply(*tokens, A, D, initial_state, setting)
