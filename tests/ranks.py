@@ -1,8 +1,8 @@
 """A pool of processes that stay up and run test functions on every rank of a gloo world.
 
 Importing Megatron-Core takes seconds, so a pool is kept per world size and serves many tests. A function given to
-`run` must be importable (module level) and finds its rank in torch.distributed. Each call gets fresh model-parallel
-groups of the asked sizes.
+`run` must be importable (module level) and finds its rank in torch.distributed. Each call finds model-parallel groups
+of the asked sizes; they are made again where the sizes differ from the call before, or where that failed.
 """
 
 import atexit
@@ -30,28 +30,28 @@ def _serve(rank: int, world_size: int, store: str, pipe) -> None:
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     while (job := pipe.recv()) is not None:
-        module, name, args, kwargs, groups = job
+        module, name, args, kwargs, groups, as_before = job
         try:
             torch.manual_seed(1234)
+            if not as_before:
+                parallel_state.destroy_model_parallel()
+                dist.barrier()  # no rank is still reading from a group
+                _destroy_groups()
+                if groups is not None:
+                    parallel_state.initialize_model_parallel(**groups)
             if groups is not None:
-                parallel_state.initialize_model_parallel(**groups)
                 tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
             result = getattr(importlib.import_module(module), name)(*args, **kwargs)
             pipe.send((True, result))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
-        finally:
-            parallel_state.destroy_model_parallel()
-            dist.barrier()  # no rank is still reading from a group
-            _destroy_groups()
     dist.destroy_process_group()
 
 
 def _destroy_groups() -> None:
     """Destroy every process group but the world's.
 
-    Megatron only forgets its groups. Each has three threads of gloo, one of which wakes up a hundred times a second, so
-    the groups of a few hundred calls would take both cores of a small machine.
+    Megatron only forgets its groups, and the threads of some hundreds of them keep a small machine busy.
     """
     import torch.distributed as dist
 
@@ -80,6 +80,7 @@ class RankPool:
         os.close(handle)
         os.unlink(self._store)
         self._pipes, self._processes = [], []
+        self._groups: dict | None = None  # as the last call left them
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             # Not a daemon: Megatron's checkpoint writer starts processes of its own.
@@ -106,8 +107,10 @@ class RankPool:
         Raises:
             RankError: a rank raised or did not answer in time.
         """
+        # All ranks or none make new groups, so a call that failed on one of them counts for all.
+        as_before, self._groups = groups is not None and groups == self._groups, None
         for pipe in self._pipes:
-            pipe.send((function.__module__, function.__qualname__, args, kwargs, groups))
+            pipe.send((function.__module__, function.__qualname__, args, kwargs, groups, as_before))
         results, errors, stuck = [], [], False
         for rank, pipe in enumerate(self._pipes):
             # After one failure the others may wait for a collective that never completes.
@@ -121,6 +124,7 @@ class RankPool:
             self.kill()
         if errors:
             raise RankError("\n".join(errors))
+        self._groups = groups
         return results
 
     def kill(self) -> None:
