@@ -42,6 +42,7 @@ setup(
             "fsspec",
             "sentencepiece",
             "tiktoken",
+            "webdataset",  # text in tar shards as training data
         ],
         "ray": ["ray>=2.40"],  # tokenize_corpus --executor ray; 240 MB
         "dev": [
@@ -49,7 +50,6 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "ruff",
-            "webdataset",
             "triton>=3.6; platform_system == 'Linux'",
         ],
     },

@@ -251,14 +251,21 @@ _NEEDED_FIELDS = {
 
 @_section
 class DataConfig:
-    """Indexed datasets; each entry of a list is a prefix, or "weight prefix" for a blend."""
+    """Indexed datasets; each entry of a list is a prefix, or "weight prefix" for a blend. Or text in tar shards."""
 
     train: list[str] = Field(min_length=1)
-    """Prefixes of the .bin/.idx pairs to train on."""
+    """Prefixes of the .bin/.idx pairs to train on; or WebDataset shards, patterns that end in .tar, whose text is
+    tokenised while it is read."""
     validation: list[str] = Field(default_factory=list)
     """Prefixes to validate on; empty: the split's second part."""
     split: str | None = None
     """Shares of train, validation and test documents, such as "95,5,0", when `validation` is empty."""
+    tokenizer: str | None = None
+    """Folder with tokenizer.json, for WebDataset shards."""
+    text_field: str = "txt"
+    """Field of each sample in the shards that holds the text."""
+    eod_token: str = "<|endoftext|>"
+    """Token that is put after every text of the shards."""
     cache_dir: str | None = None
     """Folder of Megatron's sample indices; None: output_dir/cache."""
     documents: Literal["join", "separate"] = "join"
@@ -268,6 +275,20 @@ class DataConfig:
     """Leave the prediction after an end-of-document token out of the loss."""
     num_workers: NonNegative = 2
     """Processes that read ahead; 0 reads in the training process."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether the training data is text in WebDataset shards."""
+        return self.train[0].endswith(".tar")
+
+    def __post_init__(self):
+        if len({entry.endswith(".tar") for entry in self.train}) > 1:
+            raise ValueError(f"train ({self.train}) must be all prefixes or all .tar shards: tokenize the shards.")
+        if self.streams != (self.tokenizer is not None):
+            rule = "is required by" if self.streams else "must be null without"
+            raise ValueError(f"tokenizer ({self.tokenizer}) {rule} .tar shards in data.train.")
+        if self.streams and self.split:
+            raise ValueError(f"split ({self.split}) must be null with .tar shards: set data.validation to a dataset.")
 
 
 @_section

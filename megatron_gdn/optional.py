@@ -31,6 +31,7 @@ _EXTRAS = {
     "triton": "triton",
     "transformers": "convert",
     "gigatoken": "preprocess",
+    "webdataset": "preprocess",
     "ray": "ray",
 }
 _hidden: dict[str, str] = {}  # name -> why

@@ -14,6 +14,7 @@ SUFFIXES = (".py", ".md", ".sh", ".yaml", ".yml", ".toml", ".txt", ".cfg", ".jso
 
 # First parts of paths that a user or a run creates.
 CREATED = {"runs", "data", "corpus", "tokenizer", "checkpoints", "tensorboard", "hf", ".venv"}
+ELSEWHERE = {"pretrain_gpt.py"}  # of Megatron-LM
 PATH = re.compile(r"(?<![\w./=:-])(?:[\w.*-]+/)+(?:[\w.*-]+\.(?:py|md|sh|yaml|toml|json|jsonl|xz|txt))?(?![\w/])")
 BARE_FILE = re.compile(r"(?<![\w./*-])[A-Za-z][\w-]*\.(?:py|md|sh|yaml|toml)(?![\w./])")
 CODE = re.compile(r"```.*?```|`[^`\n]+`|\]\([^)\s]+\)", flags=re.S)
@@ -41,7 +42,7 @@ def missing(text: str, folder: Path) -> list[str]:
     paths = {path for path in PATH.findall(code) if path.split("/")[0] not in CREATED}
     problems = [path for path in paths if not any(any(base.glob(path.rstrip("/"))) for base in (ROOT, folder))]
     known = {path.name for path in [*ROOT.iterdir(), *files(*SOURCES, "tests", suffixes=SUFFIXES)]}
-    problems += [file for file in BARE_FILE.findall(code) if file not in known]
+    problems += [file for file in BARE_FILE.findall(code) if file not in known | ELSEWHERE]
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     problems += [f"make {target}" for target in re.findall(r"\bmake ([a-z][\w-]*)", code) if target not in targets]
     problems += [

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_gdn.training.indexed import DatasetError, check_dataset
 from megatron_gdn.training.packing import DocumentDataset
+from megatron_gdn.training.streaming import TextShards
 
 logger = logging.getLogger(__name__)
 
@@ -74,24 +75,13 @@ def split_shares(split: str) -> list[float]:
     return [share / sum(shares) for share in shares]
 
 
-def required_vocab_size(entries: list[str]) -> int:
-    """Smallest vocabulary that holds every token id: from the manifests, or by reading data that has none.
-
-    Args:
-        entries: prefixes or "weight prefix".
-
-    Raises:
-        DatasetError: a broken dataset.
-    """
-    return max(_max_token_id(prefix) for prefix in _prefixes(entries)) + 1
-
-
-def read_vocabulary(entries: list[str], *, vocab_size: int | None) -> Vocabulary:
+def read_vocabulary(entries: list[str], *, vocab_size: int | None, shards: TextShards | None = None) -> Vocabulary:
     """Vocabulary of the datasets, after checking every one of them.
 
     Args:
         entries: prefixes or "weight prefix", of training and validation together.
         vocab_size: as configured; None takes the manifests'.
+        shards: text to train on, whose tokenizer counts as that of a dataset.
 
     Raises:
         DatasetError: a broken dataset, datasets of different tokenizers, a token id outside the vocabulary, or no size
@@ -99,6 +89,9 @@ def read_vocabulary(entries: list[str], *, vocab_size: int | None) -> Vocabulary
     """
     prefixes = _prefixes(entries)
     manifests = {prefix: check_dataset(prefix).manifest for prefix in prefixes}
+    if shards is not None:
+        tokenizer = {"tokenizer_sha256": shards.tokenizer_sha256, "vocab_size": shards.vocab_size}
+        manifests[shards.tokenizer] = tokenizer | {"eod_id": shards.eod_id}
     tokenizers = {m["tokenizer_sha256"]: prefix for prefix, m in manifests.items() if m}
     if len(tokenizers) > 1:
         first, second, *_ = tokenizers.values()
@@ -111,12 +104,14 @@ def read_vocabulary(entries: list[str], *, vocab_size: int | None) -> Vocabulary
         if missing:
             raise DatasetError(f"{missing[0]} has no manifest to tell the vocabulary's size: set model.vocab_size.")
         vocab_size = max(manifest["vocab_size"] for manifest in manifests.values())
-    for prefix in prefixes:
-        largest = _max_token_id(prefix)
-        if largest >= vocab_size:
+    largest = {prefix: _max_token_id(prefix) for prefix in prefixes}
+    if shards is not None:
+        largest[shards.tokenizer] = shards.vocab_size - 1
+    for name, token_id in largest.items():
+        if token_id >= vocab_size:
             raise DatasetError(
-                f"model.vocab_size ({vocab_size}) must exceed every token id, and {prefix} has id {largest}: "
-                f"set it to at least {largest + 1}."
+                f"model.vocab_size ({vocab_size}) must exceed every token id, and {name} has id {token_id}: "
+                f"set it to at least {token_id + 1}."
             )
     eods = {manifest.get("eod_id") for manifest in manifests.values()}
     return Vocabulary(size=vocab_size, eod_id=eods.pop() if len(eods) == 1 else None)
@@ -149,13 +144,13 @@ def build_datasets(
     eod_id: int | None,
     eod_mask_loss: bool = False,
     documents: str = "join",
-) -> tuple[Dataset, Dataset | None]:
+) -> tuple[Dataset | None, Dataset | None]:
     """Datasets of samples for training and validation; collective where torch.distributed is initialised.
 
     The first rank builds the sample indices in `cache_dir`, which every rank must see, and the others load them.
 
     Args:
-        train, validation: prefixes or "weight prefix".
+        train, validation: prefixes or "weight prefix"; train may be empty where validation is not.
         split: shares of train, validation and test documents; used when `validation` is empty.
         cache_dir: folder of the sample indices.
         sequence_length: tokens of a sample.
@@ -167,6 +162,9 @@ def build_datasets(
         eod_mask_loss: leave the prediction after `eod_id` out of the loss.
         documents: "join", or "separate" for samples of `DocumentDataset`; the tokens are the same.
 
+    Returns:
+        The datasets; None for one that nothing is wanted from.
+
     Raises:
         DatasetError: a broken dataset, a wrong split, eod_mask_loss without an eod_id, or too few documents.
     """
@@ -175,14 +173,12 @@ def build_datasets(
             "data.eod_mask_loss needs the id that ends a document, and the manifests name no single one: "
             "tokenize with --append-eod."
         )
-    train_blend = split_weights(train)
-    blends: dict[str, Any] = {"blend": train_blend, "split": split or "1,0,0"}
-    prefixes = list(train_blend[0])
+    train_blend = split_weights(train) if train else None
+    prefixes = _prefixes(train + validation)
     if validation:
-        validation_blend = split_weights(validation)
-        blends = {"blend_per_split": [train_blend, validation_blend, None]}
-        prefixes += validation_blend[0]
+        blends: dict[str, Any] = {"blend_per_split": [train_blend, split_weights(validation), None]}
     else:
+        blends = {"blend": train_blend, "split": split or "1,0,0"}
         split_shares(blends["split"])
     for prefix in prefixes:
         check_dataset(prefix)

@@ -19,6 +19,7 @@ from megatron_gdn.training.health import HealthMonitor
 from megatron_gdn.training.metrics import MetricWriter, ProgressLine, StepTimer
 from megatron_gdn.training.setup import Launch, choose_device, init_distributed, shutdown
 from megatron_gdn.training.state import TrainState
+from megatron_gdn.training.streaming import StreamedDataset, TextShards, find_shards
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,10 @@ def pretrain(config: Config, *, resume: bool = False) -> None:
     check_world(config, launch.world_size)
     check_validation(config, launch.world_size)
     get_provider(config.model.provider)
-    vocabulary = read_vocabulary(config.data.train + config.data.validation, vocab_size=config.model.vocab_size)
+    shards, entries = None, config.data.train + config.data.validation
+    if config.data.streams:
+        shards, entries = find_shards(config.data), config.data.validation
+    vocabulary = read_vocabulary(entries, vocab_size=config.model.vocab_size, shards=shards)
     output_dir = Path(config.run.output_dir)
     if launch.rank == 0:
         check_output_dir(output_dir, config, resume=resume)
@@ -48,7 +52,7 @@ def pretrain(config: Config, *, resume: bool = False) -> None:
         device = choose_device(config, launch)
         init_distributed(config, launch, device)
         try:
-            trainer = Trainer(config, output_dir, vocabulary, device)
+            trainer = Trainer(config, output_dir, vocabulary, device, shards)
             trainer.start(resume=resume)
             trainer.train()
         finally:
@@ -103,30 +107,19 @@ class Trainer:
         output_dir: folder of the run.
         vocabulary: from `read_vocabulary`.
         device: of this process.
+        shards: text to train on, in place of indexed datasets.
     """
 
-    def __init__(self, config: Config, output_dir: Path, vocabulary, device: torch.device):
+    def __init__(
+        self, config: Config, output_dir: Path, vocabulary, device: torch.device, shards: TextShards | None = None
+    ):
         self.config, self.output_dir, self.device = config, output_dir, device
         self.is_first_rank = torch.distributed.get_rank() == 0
         self.data_parallel = (
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
         )
-        training = config.training
-        self.train_set, self.validation_set = build_datasets(
-            train=config.data.train,
-            validation=config.data.validation,
-            split=config.data.split,
-            cache_dir=Path(config.data.cache_dir or output_dir / "cache"),
-            sequence_length=training.sequence_length,
-            num_train_samples=training.train_steps * training.global_batch_size,
-            num_validation_samples=training.validation_samples,
-            seed=config.run.seed,
-            vocab_size=vocabulary.size,
-            eod_id=vocabulary.eod_id,
-            eod_mask_loss=config.data.eod_mask_loss,
-            documents=config.data.documents,
-        )
+        self.train_set, self.validation_set = self._build_datasets(vocabulary, shards)
         self.vocab_size = vocabulary.size
         self.engine = MegatronEngine.build(config, vocab_size=vocabulary.size, device=device)
         self.state = TrainState(
@@ -139,6 +132,32 @@ class Trainer:
         self.timer = StepTimer()
         self.health = HealthMonitor(self.engine.model)
         self.flops_per_token = model_cost(config, vocab_size=vocabulary.size).flops_per_token
+
+    def _build_datasets(self, vocabulary, shards: TextShards | None) -> tuple:
+        data, training = self.config.data, self.config.training
+        num_samples = training.train_steps * training.global_batch_size
+        common = dict(
+            cache_dir=Path(data.cache_dir or self.output_dir / "cache"),
+            sequence_length=training.sequence_length,
+            seed=self.config.run.seed,
+            eod_mask_loss=data.eod_mask_loss,
+            documents=data.documents,
+        )
+        train_set, validation_set = None, None
+        if shards is None or training.validation_samples:
+            train_set, validation_set = build_datasets(
+                train=data.train if shards is None else [],
+                validation=data.validation,
+                split=data.split,
+                num_train_samples=num_samples if shards is None else 0,
+                num_validation_samples=training.validation_samples,
+                vocab_size=vocabulary.size,
+                eod_id=vocabulary.eod_id,
+                **common,
+            )
+        if shards is not None:
+            train_set = StreamedDataset(shards, num_samples=num_samples, num_lanes=training.global_batch_size, **common)
+        return train_set, validation_set
 
     def start(self, *, resume: bool) -> None:
         """Load the newest checkpoint when resuming, and write down the resolved configuration."""

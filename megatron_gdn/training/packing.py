@@ -23,13 +23,7 @@ class DocumentDataset(GPTDataset):
 
     def __getitem__(self, idx: int) -> Batch:
         """One sample; as GPTDataset's, except for `position_ids` and `loss_mask`."""
-        sample = super().__getitem__(idx)
-        lengths = self._part_lengths(idx)
-        starts = np.cumsum(lengths) - lengths
-        positions = torch.from_numpy(np.arange(lengths.sum()) - np.repeat(starts, lengths))
-        # The label of token i is token i + 1. Megatron caches the mask, so it is not written to.
-        mask = sample["loss_mask"] * (positions[1:] != 0)
-        return sample | {"position_ids": positions[:-1].contiguous(), "loss_mask": mask}
+        return keep_apart(super().__getitem__(idx), self._part_lengths(idx))
 
     def _part_lengths(self, idx: int) -> np.ndarray:
         """Tokens of each part of a sample with the token that follows it, padding being the last part."""
@@ -41,6 +35,23 @@ class DocumentDataset(GPTDataset):
         lengths[0] -= start
         missing = self.config.sequence_length + 1 - lengths.sum()
         return np.append(lengths, missing) if missing else lengths
+
+
+def keep_apart(sample: Batch, lengths: np.ndarray) -> Batch:
+    """A sample whose documents stay apart.
+
+    Args:
+        sample: `[s]` tensors, which stay as they are: Megatron caches its masks.
+        lengths: `[n]` int64, tokens of each part of the s tokens and the one after them, s + 1 together.
+
+    Returns:
+        The sample with other `position_ids` and `loss_mask`.
+    """
+    starts = np.cumsum(lengths) - lengths
+    positions = torch.from_numpy(np.arange(lengths.sum()) - np.repeat(starts, lengths))
+    # The label of token i is token i + 1.
+    mask = sample["loss_mask"] * (positions[1:] != 0)
+    return sample | {"position_ids": positions[:-1].contiguous(), "loss_mask": mask}
 
 
 def pack(batch: Batch, *, device: torch.device) -> tuple[Batch, PackedDocuments]:

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 # Optimizer states are stored per parameter, so any other layout can read them.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
+_ORDER_OF_DATA = ("train", "split", "documents", "tokenizer", "text_field", "eod_token")
+"""Fields that determine what a step trains on."""
+
 
 @dataclass(kw_only=True)
 class TrainState:
@@ -132,9 +135,7 @@ def check_continuation(saved: Config, config: Config) -> None:
         "optimizer": (saved.optimizer, config.optimizer),
         "training": (replace(saved.training, **free), replace(config.training, **free)),
         "run": ({"seed": saved.run.seed}, {"seed": config.run.seed}),
-        "data": tuple(
-            {"train": c.data.train, "split": c.data.split, "documents": c.data.documents} for c in (saved, config)
-        ),
+        "data": tuple({name: getattr(c.data, name) for name in _ORDER_OF_DATA} for c in (saved, config)),
     }
     differences = []
     for name, pair in sections.items():
