@@ -86,8 +86,9 @@ class LockError(RuntimeError):
 class OutputLock:
     """Refuses a second live job in one folder.
 
-    The file `directory/.lock` names host, process and the start of both. A lock whose process is dead is taken over; of
-    a process on another host that cannot be told, so that lock is refused.
+    The file `directory/.lock` names host, process and the start of both, and the job of the launcher. A lock whose
+    process is dead is taken over. Of a process on another host that cannot be told: its lock is taken over by the same
+    job, whose earlier start the launcher has ended, and refused by others.
 
     Args:
         directory: folder of the run; created when missing.
@@ -109,6 +110,7 @@ class OutputLock:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         owner = {"host": socket.gethostname(), "boot": _boot_id(), "pid": os.getpid(), "start": _start_of(os.getpid())}
+        owner["job"] = _job_id()
         with _one_at_a_time(self.path.parent):
             self._remove_stale()
             try:
@@ -138,9 +140,12 @@ class OutputLock:
 
     def _remove_stale(self) -> None:
         owner = _read_owner(self.path)
-        if owner is None or owner.get("host") != socket.gethostname():
+        if owner is None:
             return
-        if owner.get("boot") == _boot_id() and owner.get("start") == _start_of(owner.get("pid")):
+        if owner.get("host") != socket.gethostname():
+            if not _job_id() or owner.get("job") != _job_id():
+                return
+        elif owner.get("boot") == _boot_id() and owner.get("start") == _start_of(owner.get("pid")):
             return
         logger.warning("%s belongs to process %s, which is dead: taking it over", self.path, owner.get("pid"))
         self.path.unlink(missing_ok=True)
@@ -160,6 +165,12 @@ def _read_owner(path: Path) -> dict | None:
     except (FileNotFoundError, ValueError):
         return None
     return owner if isinstance(owner, dict) else None
+
+
+def _job_id() -> str:
+    """Slurm's number of the job, which a requeue keeps, or torchrun's --rdzv-id; empty without a launcher."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" is torchrun's default
+    return os.environ.get("SLURM_JOB_ID", "" if run_id == "none" else run_id)
 
 
 def _boot_id() -> str:

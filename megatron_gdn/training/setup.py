@@ -83,7 +83,7 @@ def init_distributed(config: Config, launch: Launch, device: torch.device) -> No
     timeout = timedelta(seconds=config.run.timeout_s)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=_store(launch, timeout),
+        store=rendezvous_store(launch, timeout_s=config.run.timeout_s),
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timeout,
@@ -106,11 +106,16 @@ def init_distributed(config: Config, launch: Launch, device: torch.device) -> No
     )
 
 
-def _store(launch: Launch, timeout: timedelta) -> dist.Store:
-    """The rendezvous store, with keys of its own for each restart.
+def rendezvous_store(launch: Launch, *, timeout_s: float) -> dist.Store:
+    """The store in which processes meet, with keys that no earlier start has left.
 
-    Under torchrun the agent keeps the store alive over restarts. Without the prefix a restarted rank reads addresses of
-    dead ones, and about half of the restarts fail or hang (torch 2.13, gloo).
+    Where torchrun's agent hosts it, it outlives a restart: without the prefix a restarted rank reads addresses of dead
+    ones, and about half of the restarts fail or hang (torch 2.13, gloo). Where the first rank hosts it, it is new each
+    time, and the count may differ between nodes: an agent that takes a lost one's place starts at 0.
+
+    Args:
+        launch: this process's place.
+        timeout_s: seconds to wait for the others.
     """
     if launch.world_size == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
@@ -120,8 +125,10 @@ def _store(launch: Launch, timeout: timedelta) -> dist.Store:
         int(os.environ["MASTER_PORT"]),
         launch.world_size,
         is_master=launch.rank == 0 and not hosted_by_agent,
-        timeout=timeout,
+        timeout=timedelta(seconds=timeout_s),
     )
+    if not hosted_by_agent:
+        return store
     return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 

@@ -134,6 +134,23 @@ def test_which_locks_are_stale(tmp_path, change, accepted):
         assert first.path.read_text() == other
 
 
+@pytest.mark.parametrize("variable", ["SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"])
+def test_a_job_that_restarts_on_another_host_takes_its_own_lock_over(tmp_path, monkeypatch, variable):
+    for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "17")
+    first, second = OutputLock(tmp_path), OutputLock(tmp_path)
+    first.acquire()
+    first.path.write_text(json.dumps(json.loads(first.path.read_text()) | {"host": "elsewhere"}))
+    for other in ("18", "none"):  # torchrun says none where it was given no name
+        monkeypatch.setenv(variable, other)
+        with pytest.raises(LockError, match="on elsewhere"):
+            second.acquire()
+    monkeypatch.setenv(variable, "17")
+    second.acquire()
+    assert json.loads(second.path.read_text())["host"] == socket.gethostname()
+
+
 def test_a_lock_that_cannot_be_written_leaves_no_file(tmp_path, monkeypatch):
     def full_disk(_):
         raise OSError("no space")

@@ -55,12 +55,12 @@ def weights_and_moments(output_dir: Path, step: int = STEPS) -> dict:
     return tensors
 
 
-def assert_same_run(output_dir, reference):
+def assert_same_run(output_dir, reference, step: int = STEPS):
     """The same curves and the same checkpoint, to the last bit."""
     import torch
 
     assert curve(output_dir) == curve(reference)
-    ours, theirs = weights_and_moments(output_dir), weights_and_moments(reference)
+    ours, theirs = weights_and_moments(output_dir, step), weights_and_moments(reference, step)
     assert ours.keys() == theirs.keys() and any("exp_avg_sq" in name for name in ours)
     for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor), name
