@@ -36,7 +36,9 @@ def parse_arguments() -> argparse.Namespace:
 def dry_run(config: Config, *, processes: int | None, as_json: bool) -> None:
     """Print what a run costs; raises ConfigError for a layout or a vocabulary that cannot work."""
     from megatron_gdn.cost import format_report, model_cost
+    from megatron_gdn.fp8.alignment import check_alignment
 
+    check_alignment(config)
     data_parallel = check_world(config, processes or config.parallel.tensor * config.parallel.pipeline)
     vocab_size = config.model.vocab_size
     if vocab_size is None:

@@ -32,6 +32,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from megatron_gdn.config import FP8Config
 from megatron_gdn.documents import chunk_table_of
 from megatron_gdn.kernels import ChunkTable
 from megatron_gdn.kernels.sliding_window import check_window, resolve_attention_backend, sliding_window_attention
@@ -405,6 +406,7 @@ def attention_spec(
     softmax_scale: float | None = None,
     backend: str = "auto",
     provider: str = "local",
+    fp8: FP8Config | None = None,
     fuse_input_norm: bool = False,
 ) -> ModuleSpec:
     """Spec of a causal attention layer, usable as `self_attention` of a TransformerLayer.
@@ -415,7 +417,7 @@ def attention_spec(
         qk_norm: RMSNorm of each q and k head, before the rotation.
         zero_centered_norm: those norms multiply by 1 + weight.
         backend: of the scores: "auto", "te", "flash", "flex" or "torch".
-        provider: of the linear layers, see `megatron_gdn.providers`: "local" or "te".
+        provider, fp8: of the linear layers, see `megatron_gdn.providers`.
         fuse_input_norm: linear_qkv includes the norm before the layer, where the provider has such a module; the
             TransformerLayer then has no `input_layernorm`.
 
@@ -426,7 +428,7 @@ def attention_spec(
     if zero_centered_norm and not qk_norm:
         raise ValueError("zero_centered_norm (True) needs qk_norm: it is about the norms of q and k.")
     norm = ModuleSpec(module=HeadRMSNorm, params={"zero_centered": zero_centered_norm}) if qk_norm else None
-    modules = get_provider(provider)
+    modules = get_provider(provider, fp8=fp8)
     if fuse_input_norm and modules.norm_column is None:
         raise ValueError(f"fuse_input_norm (True) needs provider 'te', not {provider!r}: its norms are modules apart.")
     return ModuleSpec(

@@ -496,11 +496,28 @@ class Config:
                 f"optimizer.warmup_tokens ({self.optimizer.warmup_tokens}) must be below the tokens of the run "
                 f"({training.train_steps * training.tokens_per_step}): warm up for less, or train on more."
             )
+        self._check_fp8()
         wants_validation = training.validation_samples > 0
         if wants_validation and not self.data.validation and not self.data.split:
             raise ValueError(
                 "data.validation and data.split are empty, but training.validation_samples "
                 f"({training.validation_samples}) needs one: set data.split, such as '95,5,0'."
+            )
+
+    def _check_fp8(self) -> None:
+        fp8, provider = self.fp8, self.model.provider
+        if fp8.recipe == "none":
+            return
+        if (fp8.backend == "te") != (provider == "te"):
+            needed = "te" if fp8.backend == "te" else "local"
+            raise ValueError(
+                f"fp8.backend ({fp8.backend}) needs model.provider={needed} and has {provider}: who multiplies in FP8 "
+                "makes the linear layers."
+            )
+        if fp8.recipe == "delayed" and self.training.recompute == "full":
+            raise ValueError(
+                "fp8.recipe (delayed) must not go with training.recompute=full, whose second pass would use other "
+                "scales than the first: use tensorwise, or recompute none."
             )
 
 

@@ -8,6 +8,8 @@
     and MLPs
     gates: in_proj_ba, in_proj_dt             ColumnParallelLinear                 ColumnParallelLinear
 
+With FP8 that Transformer Engine does not compute, the linear layers of `local` are those of `megatron_gdn.fp8.linear`.
+
 Gated DeltaNet and Mamba2 have two projections of the same normed input, so their norm stays a module of its own; the
 small one feeds float32 gates and never runs in FP8. With both providers a checkpoint has the keys of `local`
 (`TE_KEYS`), so either reads what the other wrote.
@@ -16,7 +18,11 @@ small one feeds float32 gates and never runs in FP8. With both providers a check
 from dataclasses import dataclass
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megatron_gdn.config import FP8Config
+from megatron_gdn.fp8.linear import FP8ColumnParallelLinear, FP8RowParallelLinear
+from megatron_gdn.fp8.recipe import linear_recipe
 from megatron_gdn.norms import RMSNorm, ZeroCenteredRMSNorm
 from megatron_gdn.optional import require
 
@@ -36,19 +42,20 @@ class Provider:
     norm_column: that norm and a column-parallel layer in one; None: two modules.
     """
 
-    column: type
-    row: type
+    column: ModuleSpec | type
+    row: ModuleSpec | type
     norm: type
     norm_column: type | None = None
 
 
-def get_provider(name: str, *, zero_centered_norm: bool = False) -> Provider:
+def get_provider(name: str, *, zero_centered_norm: bool = False, fp8: FP8Config | None = None) -> Provider:
     """The modules of a provider.
 
     Args:
         name: "local" or "te".
         zero_centered_norm: norms multiply by 1 + weight; with "te" the host's `layernorm_zero_centered_gamma` says so,
             and must be the same.
+        fp8: of a layer in FP8; with "te" the host's context says which layers are.
 
     Raises:
         ValueError: an unknown name.
@@ -56,7 +63,14 @@ def get_provider(name: str, *, zero_centered_norm: bool = False) -> Provider:
     """
     if name == "local":
         norm = ZeroCenteredRMSNorm if zero_centered_norm else RMSNorm
-        return Provider(column=ColumnParallelLinear, row=RowParallelLinear, norm=norm)
+        if fp8 is None:
+            return Provider(column=ColumnParallelLinear, row=RowParallelLinear, norm=norm)
+        params = dict(recipe=linear_recipe(fp8), backend=fp8.backend)
+        return Provider(
+            column=ModuleSpec(module=FP8ColumnParallelLinear, params=params),
+            row=ModuleSpec(module=FP8RowParallelLinear, params=params),
+            norm=norm,
+        )
     if name == "te":
         require("transformer_engine", extra="te", purpose="provider 'te'")
         from megatron.core.extensions import transformer_engine as te

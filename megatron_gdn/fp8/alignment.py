@@ -2,8 +2,9 @@
 
 import math
 
-from megatron_gdn.config import Config, ConfigError
+from megatron_gdn.config import Config, ConfigError, ModelConfig
 from megatron_gdn.fp8.recipe import row_multiple
+from megatron_gdn.hybrid.pattern import parse_pattern
 from megatron_gdn.sections import local_sizes, mamba2_sections
 
 
@@ -48,14 +49,16 @@ def _widths(config: Config) -> list[tuple[str, int, str]]:
         ),
     ]
     if model.symbols & {"S", "*"}:
-        size = model.kv_channels or model.hidden_size // model.num_attention_heads
-        local = math.ceil(model.num_attention_heads / tp) * size
-        groups = math.ceil((model.num_query_groups or model.num_attention_heads) / tp) * size
+        size = model.attention_head_dim
         remedy = f"use heads of {_up(size, multiple)} (model.kv_channels), or fewer tensor-parallel ranks"
-        widths += [
-            (f"query rows of attention on each of {tp} ranks", local, remedy),
-            (f"key and value rows of attention on each of {tp} ranks", 2 * groups, remedy),
-        ]
+        layers = enumerate(parse_pattern(model.pattern), start=1)
+        for num_groups in sorted({_num_query_groups(model, i) for i, layer in layers if layer.symbol in ("S", "*")}):
+            local = math.ceil(num_groups / tp)  # with ghost heads, see megatron_gdn/sections.py
+            queries = local * model.num_attention_heads // num_groups * size
+            widths += [
+                (f"query rows of attention on each of {tp} ranks", queries, remedy),
+                (f"key and value rows of attention on each of {tp} ranks", 2 * local * size, remedy),
+            ]
     if "M" in model.symbols:
         sections = mamba2_sections(
             num_heads=model.mamba_num_heads,
@@ -68,6 +71,10 @@ def _widths(config: Config) -> list[tuple[str, int, str]]:
             size = sum(local_sizes(sections[name], tp))
             widths.append((f"{rows} of Mamba2's {name} on each of {tp} ranks", size, remedy))
     return widths
+
+
+def _num_query_groups(model: ModelConfig, number: int) -> int:
+    return model.attention_options(number).num_query_groups
 
 
 def _up(size: int, multiple: int) -> int:

@@ -17,21 +17,24 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_gdn.attention import attention_spec
-from megatron_gdn.config import ModelConfig
+from megatron_gdn.config import FP8Config, ModelConfig
+from megatron_gdn.fp8.recipe import layer_uses_fp8, row_multiple
 from megatron_gdn.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron_gdn.hybrid.pattern import Layer, parse_pattern
 from megatron_gdn.mamba2 import Mamba2, Mamba2Submodules
 from megatron_gdn.providers import TE_KEYS, get_provider
 
 
-def gated_delta_net_spec(*, provider: str = "local", **options) -> ModuleSpec:
+def gated_delta_net_spec(*, provider: str = "local", fp8: FP8Config | None = None, **options) -> ModuleSpec:
     """Spec of the mixer, usable as `self_attention` of a TransformerLayer.
 
     Args:
-        provider: of the linear layers, see `megatron_gdn.providers`.
+        provider, fp8: of the linear layers, see `megatron_gdn.providers`.
         options: keyword arguments of `GatedDeltaNet` after `pg_collection`, such as `allow_neg_eigval`.
     """
-    modules = get_provider(provider)
+    modules = get_provider(provider, fp8=fp8)
+    if fp8 is not None:
+        options["row_multiple"] = row_multiple(fp8)
     return ModuleSpec(
         module=GatedDeltaNet,
         params=options,
@@ -42,14 +45,14 @@ def gated_delta_net_spec(*, provider: str = "local", **options) -> ModuleSpec:
     )
 
 
-def mamba2_spec(*, provider: str = "local", **options) -> ModuleSpec:
+def mamba2_spec(*, provider: str = "local", fp8: FP8Config | None = None, **options) -> ModuleSpec:
     """Spec of the mixer, usable as `self_attention` of a TransformerLayer.
 
     Args:
-        provider: of the linear layers, see `megatron_gdn.providers`.
+        provider, fp8: of the linear layers, see `megatron_gdn.providers`.
         options: keyword arguments of `Mamba2` after `pg_collection`.
     """
-    modules = get_provider(provider)
+    modules = get_provider(provider, fp8=fp8)
     return ModuleSpec(
         module=Mamba2,
         params=options,
@@ -58,17 +61,19 @@ def mamba2_spec(*, provider: str = "local", **options) -> ModuleSpec:
     )
 
 
-def mixer_spec(number: int, symbol: str, model: ModelConfig) -> ModuleSpec:
+def mixer_spec(number: int, symbol: str, model: ModelConfig, fp8: FP8Config | None = None) -> ModuleSpec:
     """Spec of a layer's mixer, usable as `self_attention` of a TransformerLayer.
 
     Args:
         number: of the layer, from 1.
         symbol: a key of `megatron_gdn.hybrid.pattern.MIXERS`.
         model: section of the run's configuration.
+        fp8: likewise, of a layer in FP8.
     """
     if symbol == "G":
         return gated_delta_net_spec(
             provider=model.provider,
+            fp8=fp8,
             allow_neg_eigval=model.allow_neg_eigval,
             use_output_gate=model.use_output_gate,
             use_qk_l2norm=model.use_qk_l2norm,
@@ -77,7 +82,7 @@ def mixer_spec(number: int, symbol: str, model: ModelConfig) -> ModuleSpec:
             backend=model.kernel_backend,
         )
     if symbol == "M":
-        return mamba2_spec(provider=model.provider, backend=model.kernel_backend)
+        return mamba2_spec(provider=model.provider, fp8=fp8, backend=model.kernel_backend)
     options = model.attention_options(number)
     return attention_spec(
         num_attention_heads=model.num_attention_heads,
@@ -91,26 +96,34 @@ def mixer_spec(number: int, symbol: str, model: ModelConfig) -> ModuleSpec:
         zero_centered_norm=options.qk_norm and model.zero_centered_norm,
         backend=model.attention_backend,
         provider=model.provider,
+        fp8=fp8,
         fuse_input_norm=model.provider == "te",
     )
 
 
-def layer_spec(number: int, layer: Layer, model: ModelConfig) -> ModuleSpec:
+def layer_spec(number: int, layer: Layer, model: ModelConfig, fp8: FP8Config | None = None) -> ModuleSpec:
     """Spec of one layer: norm, mixer, residual, and norm, MLP, residual where the pattern has an MLP.
 
     Args:
         number: of the layer, from 1.
         layer: from `parse_pattern`.
         model: section of the run's configuration.
+        fp8: likewise; says for each layer whether it is in FP8.
     """
-    mixer = mixer_spec(number, layer.symbol, model)
-    submodules = _submodules(mixer, mlp=layer.mlp, provider=model.provider, zero_centered_norm=model.zero_centered_norm)
+    if fp8 is not None and not layer_uses_fp8(fp8, number - 1, len(parse_pattern(model.pattern))):
+        fp8 = None
+    mixer = mixer_spec(number, layer.symbol, model, fp8)
+    submodules = _submodules(
+        mixer, mlp=layer.mlp, provider=model.provider, zero_centered_norm=model.zero_centered_norm, fp8=fp8
+    )
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
 
-def _submodules(mixer: ModuleSpec, *, mlp: bool, provider: str, zero_centered_norm: bool) -> TransformerLayerSubmodules:
+def _submodules(
+    mixer: ModuleSpec, *, mlp: bool, provider: str, zero_centered_norm: bool, fp8: FP8Config | None = None
+) -> TransformerLayerSubmodules:
     """Parts of a layer with a mixer of a provider."""
-    modules = get_provider(provider, zero_centered_norm=zero_centered_norm)
+    modules = get_provider(provider, zero_centered_norm=zero_centered_norm, fp8=fp8)
     mlp_spec = ModuleSpec(
         module=MLP,
         submodules=MLPSubmodules(linear_fc1=modules.norm_column or modules.column, linear_fc2=modules.row),
@@ -128,13 +141,13 @@ def _submodules(mixer: ModuleSpec, *, mlp: bool, provider: str, zero_centered_no
 
 
 def decoder_spec(
-    config: TransformerConfig, model: ModelConfig, *, vp_stage: int | None = None
+    config: TransformerConfig, model: ModelConfig, *, fp8: FP8Config | None = None, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """Specs of the layers that this pipeline stage holds.
 
     Args:
         config: its `num_layers` is the number of mixers in the pattern.
-        model: section of the run's configuration.
+        model, fp8: sections of the run's configuration.
         vp_stage: virtual pipeline stage.
 
     Raises:
@@ -149,7 +162,7 @@ def decoder_spec(
     start = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(i + 1, layers[i], model) for i in range(start, start + count)],
+        layer_specs=[layer_spec(i + 1, layers[i], model, fp8) for i in range(start, start + count)],
         layer_norm=get_provider(model.provider, zero_centered_norm=model.zero_centered_norm).norm,
     )
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from megatron_gdn import initialization as init
 from megatron_gdn.attention import HybridSelfAttention
-from megatron_gdn.config import ModelConfig, ParallelConfig
+from megatron_gdn.config import FP8Config, ModelConfig, ParallelConfig
 from megatron_gdn.gated_delta_net import GatedDeltaNet
 from megatron_gdn.hybrid.layer_specs import decoder_spec
 from megatron_gdn.hybrid.pattern import parse_pattern
@@ -114,6 +114,7 @@ def build_model(
     vocab_size: int,
     max_sequence_length: int,
     seed: int | None,
+    fp8: FP8Config | None = None,
     pre_process: bool | None = None,
     post_process: bool | None = None,
     vp_stage: int | None = None,
@@ -125,6 +126,7 @@ def build_model(
         model: section of the run's configuration.
         vocab_size: rows of the embedding, see `padded_vocab_size`.
         max_sequence_length: tokens.
+        fp8: section of the run's configuration.
         seed: seed of the weights; None leaves them as they are allocated, as on the meta device.
         pre_process, post_process: whether the stage has the embedding and the output; None asks the pipeline groups.
         vp_stage: virtual pipeline stage.
@@ -138,7 +140,7 @@ def build_model(
         post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     gpt = GPTModel(
         config,
-        decoder_spec(config, model, vp_stage=vp_stage),
+        decoder_spec(config, model, fp8=fp8, vp_stage=vp_stage),
         vocab_size=vocab_size,
         max_sequence_length=max_sequence_length,
         pre_process=pre_process,

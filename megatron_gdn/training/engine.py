@@ -23,6 +23,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron_gdn.config import Config
+from megatron_gdn.fp8.recipe import host_options
 from megatron_gdn.hybrid.model import build_model, padded_vocab_size, transformer_config
 from megatron_gdn.training.packing import Batch, pack
 
@@ -60,6 +61,7 @@ class MegatronEngine:
             dtype=dtype,
             # The loss of a step is the mean over its tokens, however they fall into micro-batches and ranks.
             calculate_per_token_loss=True,
+            **host_options(config.fp8),
             **_recompute(config.training.recompute),
         )
         model = build_model(
@@ -68,6 +70,7 @@ class MegatronEngine:
             vocab_size=padded_vocab_size(vocab_size, config.model.vocab_multiple),
             max_sequence_length=config.training.sequence_length,
             seed=config.run.seed,
+            fp8=config.fp8,
         ).to(device)
         overlap = config.parallel.overlap
         wrapped = DistributedDataParallel(

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 
 from megatron_gdn.config import Config, ConfigError, check_world, dump_config
 from megatron_gdn.cost import model_cost, peak_flops
+from megatron_gdn.fp8.alignment import check_alignment
 from megatron_gdn.providers import get_provider
 from megatron_gdn.training.checkpoint import CheckpointStore
 from megatron_gdn.training.data import TrainingBatches, build_datasets, read_vocabulary
@@ -39,6 +40,7 @@ def pretrain(config: Config, *, resume: bool = False) -> None:
     """
     launch = Launch.from_environment()
     check_world(config, launch.world_size)
+    check_alignment(config)
     check_validation(config, launch.world_size)
     get_provider(config.model.provider)
     shards, entries = None, config.data.train + config.data.validation

@@ -152,3 +152,19 @@ def test_widths_that_do_not_fit(name, overrides, text):
     config = load_config(RECIPE_FILES / "h1_0.4b.yaml", [f"fp8.recipe={name}", "fp8.backend=emulated", *overrides])
     with pytest.raises(ConfigError, match=text):
         check_alignment(config)
+
+
+@pytest.mark.parametrize(
+    "overrides, text",
+    [
+        (["fp8.recipe=tensorwise"], r"fp8.backend \(te\) needs model.provider=te and has local"),
+        (["fp8.recipe=mxfp8", "fp8.backend=emulated", "model.provider=te"], "needs model.provider=local and has te"),
+        (
+            ["fp8.recipe=delayed", "fp8.backend=emulated", "training.recompute=full"],
+            r"fp8.recipe \(delayed\) must not go with training.recompute=full",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together(overrides, text):
+    with pytest.raises(ConfigError, match=text):
+        load_config(RECIPE_FILES / "h1_0.4b.yaml", overrides)
