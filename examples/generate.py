@@ -14,39 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_gdn.config import Config, ConfigError, load_config, parse_config
+from megatron_gdn.config import ConfigError, load_config, parse_config
+from megatron_gdn.training.inference import load_model, single_process
 from megatron_gdn.training.restricted import UnsafeCheckpointError
 from megatron_gdn.training.setup import Launch, choose_device, ignore_host_warnings, init_distributed, shutdown
 from tools.convert.checkpoint import MegatronCheckpoint
 from tools.convert.errors import ConvertError
 from tools.preprocess.encode import load_tokenizer
 from tools.preprocess.sources import ArgumentError
-
-
-def single_process(config: Config, device: str) -> Config:
-    """The run's configuration for one process."""
-    config.run.device = device
-    config.parallel.tensor = config.parallel.pipeline = 1
-    config.parallel.sequence, config.parallel.pipeline_layers = False, None
-    return config
-
-
-def load_model(checkpoint: MegatronCheckpoint, config: Config, device: torch.device) -> torch.nn.Module:
-    """The model with the checkpoint's weights, ready to be evaluated; needs the process group of one process."""
-    from megatron_gdn.hybrid.model import build_model, padded_vocab_size, transformer_config
-    from megatron_gdn.training import torch_dist
-    from megatron_gdn.training.engine import DTYPES
-
-    host = transformer_config(config.model, config.parallel, dtype=DTYPES[config.training.precision])
-    model = build_model(
-        host,
-        config.model,
-        vocab_size=padded_vocab_size(checkpoint.vocab_size, config.model.vocab_multiple),
-        max_sequence_length=config.training.sequence_length,
-        seed=None,
-    ).to(device)
-    model.load_state_dict(torch_dist.read({"model": model.sharded_state_dict()}, checkpoint.path)["model"])
-    return model.eval()
 
 
 @torch.no_grad()
@@ -127,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     init_distributed(config, Launch(rank=0, world_size=1, local_rank=0), device)
     try:
         tokens = generate(
-            load_model(checkpoint, config, device),
+            load_model(checkpoint.path, config, vocab_size=checkpoint.vocab_size, device=device),
             torch.tensor(ids, device=device),
             max_new_tokens=arguments.max_new_tokens,
             vocab_size=checkpoint.vocab_size,

@@ -470,6 +470,10 @@ class Config:
                 f"({parallel.tensor}): use {-(-model.ffn_hidden_size // parallel.tensor) * parallel.tensor} or a "
                 "smaller parallel.tensor."
             )
+        if "M" in model.symbols and parallel.tensor > 1:
+            from megatron_gdn.sections import check_mamba2  # imports torch, which other wrong values need not wait for
+
+            check_mamba2(model, parallel.tensor)
         if model.vocab_multiple % parallel.tensor:
             raise ValueError(
                 f"model.vocab_multiple ({model.vocab_multiple}) must be divisible by parallel.tensor "

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 
 from megatron_gdn.config import Config, ModelConfig
 from megatron_gdn.hybrid.pattern import parse_pattern
+from megatron_gdn.kernels.sliding_window import scored_pairs
 from megatron_gdn.kernels.varlen import CHUNK_SIZE
 from megatron_gdn.sections import gated_delta_net_sections, held_heads, local_sizes, mamba2_sections
 
 BYTES = {"fp32": 4, "bf16": 2}
 # Dense bf16 on tensor cores, FLOP/s, from NVIDIA's data sheets; a part of the device's name tells which.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "GB200": 2500e12}
+
+_LINEARS = ("column_linears", "row_linears")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,7 @@ class LayerCost:
     activation_bytes: kept for the backward pass, per token on one rank.
     state_bytes: recurrent state or key-value cache of one sequence on all ranks, as decoding keeps it.
     column_linears, row_linears: linear layers with a tensor-parallel exchange of the hidden states before, after.
+    tensor_bytes: that a tensor-parallel rank sends beside those, per token, in one pass.
     """
 
     name: str
@@ -42,17 +46,19 @@ class LayerCost:
     state_bytes: float = 0.0
     column_linears: int = 0
     row_linears: int = 0
+    tensor_bytes: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Sizes:
-    """What every term needs: the model, tokens per sequence, tensor-parallel size, bytes of an element."""
+    """What every term needs: the model, tokens per sequence, tensor-parallel size, bytes of an element, sequences."""
 
     model: ModelConfig
     sequence_length: int
     tensor: int
     sequence_parallel: bool
     element: int
+    micro_batch: int
 
     @property
     def hidden(self) -> int:
@@ -120,6 +126,8 @@ def mamba2_cost(sizes: _Sizes) -> LayerCost:
     kept = local["in_proj"] + local["conv1d"] + 2 * local["out_proj"]
     # C B^T of a group forward, again and twice backward; its product with x once and twice; products with the state
     # twice and five times.
+    # Where ranks share a group they gather its B and C, and sum squares of its channels in float32.
+    shared = (2 * groups * N * sizes.element + 2 * groups * 4) * (tp - 1) / tp if tp > groups else 0.0
     chunked = 4 * 2 * CHUNK_SIZE * groups * N + inner * (3 * 2 * CHUNK_SIZE + 7 * 2 * N)
     return LayerCost(
         name="Mamba2",
@@ -131,6 +139,7 @@ def mamba2_cost(sizes: _Sizes) -> LayerCost:
         state_bytes=4 * inner * N + sizes.element * rows["conv1d"] * (width - 1),
         column_linears=2,
         row_linears=1,
+        tensor_bytes=shared,
     )
 
 
@@ -146,7 +155,7 @@ def mean_context(sequence_length: int, window: int | None) -> float:
 
 
 def attention_cost(sizes: _Sizes, number: int) -> LayerCost:
-    """The attention mixer of a layer with the norm before it; executed FLOPs count no pair outside the window.
+    """The attention mixer of a layer with the norm before it; executed FLOPs are those of the torch backend's blocks.
 
     Args:
         sizes: of the model.
@@ -159,6 +168,7 @@ def attention_cost(sizes: _Sizes, number: int) -> LayerCost:
     linear = h * size * (heads * (gates + 1) + 2 * groups)
     held, held_groups = (count / tp for count in held_heads(heads, groups, tp))  # by a rank, ghosts included
     context = mean_context(sizes.sequence_length, options.window)
+    scored = scored_pairs(sizes.sequence_length, options.window, sizes.micro_batch * round(held))
     norms = 2 * size if options.qk_norm else 0
     rows = size * (held * gates + 2 * held_groups)
     kept = rows * (2 if options.qk_norm else 1) + 2 * held * size
@@ -170,7 +180,7 @@ def attention_cost(sizes: _Sizes, number: int) -> LayerCost:
         rank_parameters=h + round(h * (rows + held * size)) + norms,
         flops=2 * linear + 4 * heads * size * context,
         # The backward pass multiplies scores once more, and four products instead of two.
-        executed_flops=6 * linear + 14 * heads * size * context,
+        executed_flops=6 * linear + 14 * heads * size * scored / sizes.sequence_length,
         activation_bytes=sizes.input_bytes + kept * sizes.element + held * 4,
         state_bytes=2 * groups * size * cached * sizes.element,
         column_linears=1,
@@ -311,14 +321,18 @@ class ModelCost:
         element, tp, dp = BYTES[training.precision], parallel.tensor, self.data_parallel
         tokens = training.tokens_per_step // dp
         whole = tokens * hidden * element
-        columns, rows = (sum(getattr(layer, name) for layer in layers) for name in ("column_linears", "row_linears"))
+        columns, rows = (sum(getattr(layer, name) for layer in layers) for name in _LINEARS)
+        # Recomputed layers, which are all but the embedding and the output, run their forward pass twice.
+        recomputed = [x for x in layers if x.name not in ("embedding", "output") and training.recompute == "full"]
+        columns_again, rows_again = (sum(getattr(x, name) for x in recomputed) for name in _LINEARS)
         if parallel.sequence:
             # Gather before a column-parallel layer, again for its weight's gradient, scatter its input's gradient;
             # scatter after a row-parallel layer, gather its output's gradient.
-            tensor = (3 * columns + 2 * rows) * whole * (tp - 1) / tp
+            tensor = (3 * columns + columns_again + 2 * rows + rows_again) * whole * (tp - 1) / tp
         else:
             # A sum of its input's gradient for a column-parallel layer, of its output for a row-parallel one.
-            tensor = (columns + rows) * whole * 2 * (tp - 1) / tp
+            tensor = (columns + rows + rows_again) * whole * 2 * (tp - 1) / tp
+        tensor += tokens * (2 * sum(x.tensor_bytes for x in layers) + sum(x.tensor_bytes for x in recomputed))
         parameters = sum(layer.rank_parameters for layer in layers)
         if parallel.distributed_optimizer:
             # Scatter the gradients in float32, gather the weights.
@@ -326,8 +340,11 @@ class ModelCost:
         else:
             data = parameters * 4 * 2 * (dp - 1) / dp
         boundaries = (stage > 0) + (stage < parallel.pipeline - 1)
-        between = whole / (tp if parallel.sequence else 1)
-        return {"tensor": tensor, "data": data, "pipeline": boundaries * between}
+        pipeline = boundaries * whole / (tp if parallel.sequence else 1)
+        if self.config.model.tie_embeddings and boundaries and stage in (0, parallel.pipeline - 1):
+            # The first and the last stage sum the gradients of their embeddings, in float32.
+            pipeline += self.vocab_size * hidden // tp * 4
+        return {"tensor": tensor, "data": data, "pipeline": pipeline}
 
     def report(self) -> dict:
         """All of it, for `--dry-run --json`; memory and communication are those of the stage that has most."""
@@ -446,4 +463,5 @@ def _sizes(config: Config) -> _Sizes:
         tensor=config.parallel.tensor,
         sequence_parallel=config.parallel.sequence,
         element=BYTES[config.training.precision],
+        micro_batch=config.training.micro_batch_size,
     )

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from megatron_gdn import initialization as init
 from megatron_gdn.documents import chunk_table_of
 from megatron_gdn.kernels import causal_conv1d, ssd
-from megatron_gdn.sections import local_sizes, mamba2_sections
+from megatron_gdn.sections import check_mamba2, local_sizes, mamba2_sections
 from megatron_gdn.sharded_sections import split_on_disk
 
 _FLOAT32_PARAMETERS = ("A_log", "dt_bias", "D")
@@ -430,34 +430,3 @@ def _sharded_dim(module: str) -> int:
 def _key_on_disk(name: str) -> str:
     """Megatron has dt in in_proj; on disk ours is there too."""
     return name.replace("in_proj_dt", "in_proj")
-
-
-def check_mamba2(config: TransformerConfig, tp_size: int) -> None:
-    """Raise ValueError when heads, groups and tensor-parallel ranks do not fit together.
-
-    Args:
-        config: anything with mamba_num_heads, mamba_head_dim, mamba_num_groups, mamba_state_dim and hidden_size.
-        tp_size: tensor_model_parallel_size.
-    """
-    heads, groups, state = config.mamba_num_heads, config.mamba_num_groups, config.mamba_state_dim
-    if heads is None:
-        raise ValueError(
-            f"mamba_num_heads ({heads}) must be a number: Mamba2's own choice is 2 * hidden_size / mamba_head_dim = "
-            f"{2 * config.hidden_size // config.mamba_head_dim}."
-        )
-    if heads % groups:
-        raise ValueError(
-            f"mamba_num_heads ({heads}) must be divisible by mamba_num_groups ({groups}): "
-            f"use {groups * max(1, heads // groups)} heads."
-        )
-    if groups % tp_size and tp_size % groups:
-        raise ValueError(
-            f"mamba_num_groups ({groups}) must divide tensor_model_parallel_size ({tp_size}) or be a multiple of it: "
-            f"use {tp_size} groups, or 1."
-        )
-    ranks = max(1, tp_size // groups)
-    if state % ranks:
-        raise ValueError(
-            f"mamba_state_dim ({state}) must be divisible by the {ranks} tensor-parallel ranks that share a group: "
-            f"use {ranks * max(1, state // ranks)}, or a smaller tensor_model_parallel_size."
-        )

@@ -12,6 +12,7 @@ keeps it at zero, so ghosts change no result; they cost the time of a head and a
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,6 +115,37 @@ def mamba2_sections(*, num_heads: int, head_dim: int, num_groups: int, state_dim
         "norm": [replace(x, name="")],
         "out_proj": [replace(x, name="")],
     }
+
+
+def check_mamba2(config: Any, tp_size: int) -> None:
+    """Raise ValueError when heads, groups and tensor-parallel ranks do not fit together.
+
+    Args:
+        config: anything with mamba_num_heads, mamba_head_dim, mamba_num_groups, mamba_state_dim and hidden_size.
+        tp_size: tensor_model_parallel_size.
+    """
+    heads, groups, state = config.mamba_num_heads, config.mamba_num_groups, config.mamba_state_dim
+    if heads is None:
+        raise ValueError(
+            f"mamba_num_heads ({heads}) must be a number: Mamba2's own choice is 2 * hidden_size / mamba_head_dim = "
+            f"{2 * config.hidden_size // config.mamba_head_dim}."
+        )
+    if heads % groups:
+        raise ValueError(
+            f"mamba_num_heads ({heads}) must be divisible by mamba_num_groups ({groups}): "
+            f"use {groups * max(1, heads // groups)} heads."
+        )
+    if groups % tp_size and tp_size % groups:
+        raise ValueError(
+            f"mamba_num_groups ({groups}) must divide tensor_model_parallel_size ({tp_size}) or be a multiple of it: "
+            f"use {tp_size} groups, or 1."
+        )
+    ranks = max(1, tp_size // groups)
+    if state % ranks:
+        raise ValueError(
+            f"mamba_state_dim ({state}) must be divisible by the {ranks} tensor-parallel ranks that share a group: "
+            f"use {ranks * max(1, state // ranks)}, or a smaller tensor_model_parallel_size."
+        )
 
 
 def attention_sections(

@@ -67,6 +67,14 @@ def test_counts(written, value):
             r"mamba_num_heads \(4\) must be divisible by mamba_num_groups \(3\)",
         ),
         (
+            ["model.pattern=M-", "model.mamba_num_heads=6", "model.mamba_num_groups=3"],
+            r"mamba_num_groups \(3\) must divide tensor_model_parallel_size \(2\) or be a multiple of it: use 2 groups",
+        ),
+        (
+            ["model.pattern=M-", "model.mamba_num_heads=6", "model.mamba_state_dim=5"],
+            r"mamba_state_dim \(5\) must be divisible by the 2 tensor-parallel ranks that share a group: use 4",
+        ),
+        (
             ["model.pattern=*-", "model.num_attention_heads=4", "model.num_query_groups=3"],
             r"num_attention_heads \(4\) must be divisible by num_query_groups \(3\)",
         ),

@@ -70,6 +70,18 @@ def first_visible(lengths: list[int], window: int | None) -> Tensor:
     return first
 
 
+def scored_pairs(length: int, window: int | None, heads: int) -> int:
+    """Scores that the torch backend computes per head, those that it hides included.
+
+    Args:
+        length: tokens of the sequence.
+        window: as of `sliding_window_attention`.
+        heads: query heads times sequences of a call.
+    """
+    blocks = _blocks(first_visible([length], window), heads)
+    return sum((b.rows.stop - b.rows.start) * (b.keys.stop - b.keys.start) for b in blocks)
+
+
 class _Block(NamedTuple):
     """Neighbouring query rows and the keys that they see; every row sees the keys before `inner` or hides some.
 

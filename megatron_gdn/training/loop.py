@@ -2,6 +2,7 @@
 
 import logging
 import math
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -270,7 +271,9 @@ class Trainer:
         """Use of this rank's device at `tokens_per_s` per rank."""
         flops_per_s = tokens_per_s * self.flops_per_token
         found = {"perf/tflops_per_gpu": flops_per_s / 1e12}
-        if self.device.type == "cuda":
+        if self.device.type != "cuda":
+            found["perf/memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+        else:
             found["perf/memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
             if (peak := peak_flops(torch.cuda.get_device_name(self.device))) is not None:
                 found["perf/mfu"] = flops_per_s / peak

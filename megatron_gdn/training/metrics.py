@@ -16,7 +16,7 @@ joins the objects of a step. JSON has no NaN, so numbers that are not finite are
 | perf/tokens_per_s_per_gpu | tokens/s | the same per rank |
 | perf/tflops_per_gpu | TFLOP/s | model FLOPs (megatron_gdn/cost.py) per rank |
 | perf/mfu | | the same over the device's dense bf16 peak; only for GPUs that cost.py knows |
-| perf/memory_gib | GiB | most that torch had allocated on this rank's GPU so far |
+| perf/memory_gib | GiB | peak: allocated by torch on a GPU, resident in a process on a CPU |
 | perf/step_s | s | wall time of the step, without checkpoints and validation |
 | perf/data_s | s | part of it: waiting for micro-batches |
 | perf/forward_backward_s | s | part of it: forward and backward passes, without data_s |

@@ -145,4 +145,7 @@ def test_training_writes_samples_and_stays_the_same(tmp_path):
         rows = read_metrics(tmp_path / str(interval) / "metrics.jsonl")
         assert {row["step"] for row in rows if "health/layer_01/alpha_mean" in row} == steps
         losses.append([row["train/loss"] for row in rows if "train/loss" in row])
+        # A process with torch and Megatron in it has at least 0.1 GiB, and this one far below 8.
+        assert all(0.1 < row["perf/memory_gib"] < 8 for row in rows if "perf/memory_gib" in row)
+        assert sum("perf/memory_gib" in row and row["perf/tflops_per_gpu"] > 0 for row in rows) == 10
     assert losses[0] == losses[1]
