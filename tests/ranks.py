@@ -1,8 +1,9 @@
 """A pool of processes that stay up and run test functions on every rank of a gloo world.
 
-Importing Megatron-Core takes seconds, so a pool is kept per world size and serves many tests. A function given to
-`run` must be importable (module level) and finds its rank in torch.distributed. Each call finds model-parallel groups
-of the asked sizes; they are made again where the sizes differ from the call before, or where that failed.
+Importing Megatron-Core takes seconds, so a server that has imported it forks the ranks, and a pool is kept per world
+size and serves many tests. A function given to `run` must be importable (module level) and finds its rank in
+torch.distributed. Each call finds model-parallel groups of the asked sizes; they are made again where the sizes differ
+from the call before, or where that failed.
 """
 
 import atexit
@@ -13,7 +14,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 
-import torch.multiprocessing as mp
+from tests.training.runs import CONTEXT
 
 
 def _serve(rank: int, world_size: int, store: str, pipe) -> None:
@@ -74,7 +75,6 @@ class RankPool:
     """
 
     def __init__(self, world_size: int):
-        context = mp.get_context("spawn")
         self.world_size = world_size
         handle, self._store = tempfile.mkstemp()
         os.close(handle)
@@ -82,9 +82,9 @@ class RankPool:
         self._pipes, self._processes = [], []
         self._groups: dict | None = None  # as the last call left them
         for rank in range(world_size):
-            ours, theirs = context.Pipe()
+            ours, theirs = CONTEXT.Pipe()
             # Not a daemon: Megatron's checkpoint writer starts processes of its own.
-            process = context.Process(target=_serve, args=(rank, world_size, self._store, theirs), daemon=False)
+            process = CONTEXT.Process(target=_serve, args=(rank, world_size, self._store, theirs), daemon=False)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)

@@ -222,13 +222,13 @@ def content_key(prefixes: list[str]) -> str:
     """A name for the sample indices of these datasets: another file under the same path gets another name.
 
     Megatron keys its cache by the path alone, so a dataset that was replaced would silently be read with the old index.
-    Sample indices depend on the documents' lengths only, which are all in .idx.
+    Sample indices depend on the documents' lengths and nothing else.
     """
     digest = hashlib.sha256()
     for prefix in prefixes:
-        with Path(f"{prefix}.idx").open("rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
+        lengths = check_dataset(prefix).lengths()
+        digest.update(len(lengths).to_bytes(8, "little"))
+        digest.update(lengths)
     return digest.hexdigest()[:16]
 
 
