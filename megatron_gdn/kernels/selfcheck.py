@@ -25,6 +25,7 @@ from megatron_gdn.kernels import (
     l2norm,
     prepare_chunk_table,
     rms_norm_gated,
+    ssd,
 )
 from megatron_gdn.kernels.backend import resolve_backend
 from megatron_gdn.kernels.causal_conv1d import causal_conv1d_ref
@@ -32,6 +33,7 @@ from megatron_gdn.kernels.gated_delta_rule.gate import gated_delta_gate_ref
 from megatron_gdn.kernels.gated_delta_rule.reference import recurrent_gated_delta_rule_ref
 from megatron_gdn.kernels.gated_rms_norm import rms_norm_gated_ref
 from megatron_gdn.kernels.l2norm import l2norm_ref
+from megatron_gdn.kernels.ssd.reference import recurrent_ssd_ref
 
 # Relative errors that a kernel may have: of outputs and states, of gradients, of gradients of gates (sums of many
 # products of both signs). In 16 bits they are those that fla holds its kernels to; float32 is tf32x3 on tensor cores.
@@ -40,7 +42,7 @@ BOUNDS = {
     torch.bfloat16: (0.005, 0.008, 0.02),
     torch.float16: (0.005, 0.008, 0.02),
 }
-_GATES = ("g", "beta", "alpha", "A_log", "dt_bias")
+_GATES = ("g", "beta", "alpha", "A_log", "dt_bias", "dt", "A")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,6 +129,43 @@ def _rule(
         inputs=inputs,
         rounded=("q", "k", "v"),
     )
+
+
+def state_space_checks(device: torch.device, backend: str, *, quick: bool) -> Iterator[Check]:
+    """Mamba2's op with gradients, at the sizes and dtypes of the launch table, and packed."""
+    normal = _normal(device)
+    # heads, groups, N, P; more heads in a group than a program sums, with a rest
+    sizes = [(3, 1, 20, 12)] if quick else [(9, 1, 128, 64), (4, 2, 64, 64), (2, 1, 60, 100), (2, 1, 256, 128)]
+    length = 70 if quick else 520
+    lengths = (0, 1, length // 2, 64, 0, length // 3)
+    packed = prepare_chunk_table(torch.tensor([0, *lengths]).cumsum(0), device=device)
+    cases = [(*size, dtype, None) for size in sizes for dtype in (BOUNDS if not quick else (torch.float32,))]
+    for H, G, N, P, dtype, table in [*cases, (*sizes[0], torch.bfloat16, packed)]:
+        batch, T, states = (2, length, 2) if table is None else (1, sum(lengths), len(lengths))
+
+        def call(function, documents, **x):
+            options = dict(backend=backend) if function is ssd else {}
+            y, state = function(**x, **options, output_final_state=True, cu_seqlens=documents)
+            return dict(y=y, state=state)
+
+        yield Check(
+            name=f"ssd N {N} P {P}" if table is None else "ssd packed",
+            dtype=dtype,
+            function=lambda call=call, table=table, **x: call(ssd, table, **x),
+            reference=lambda call=call, table=table, **x: call(
+                recurrent_ssd_ref, None if table is None else table.bounds, **x
+            ),
+            inputs=dict(
+                x=normal(batch, T, H, P),
+                dt=F.softplus(2 * normal(batch, T, H) - 2),
+                A=-normal(H).exp(),
+                B=normal(batch, T, G, N),
+                C=normal(batch, T, G, N),
+                D=normal(H),
+                initial_state=normal(states, H, N, P),
+            ),
+            rounded=("x", "B", "C"),
+        )
 
 
 def other_checks(device: torch.device, backend: str, *, quick: bool) -> Iterator[Check]:
@@ -229,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"backend {backend} on {name}, torch {torch.__version__}\n")
     print(f"{'kernel':<22}{'dtype':<10}{'share of bound':>15}  {'bitwise':<9}result")
     failed = 0
-    for make in (rule_checks, other_checks):
+    for make in (rule_checks, state_space_checks, other_checks):
         for check in make(device, backend, quick=arguments.quick):
             share, same, problems = run_check(check)
             failed += bool(problems)

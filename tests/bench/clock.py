@@ -106,7 +106,7 @@ def _rounded(x: float) -> float:
 def describe_device(device: torch.device) -> dict:
     """Name and versions, for the results."""
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda}
-    for package in ("triton", "fla", "flash_qla", "flashinfer", "causal_conv1d"):
+    for package in ("triton", "fla", "flash_qla", "flashinfer", "causal_conv1d", "mamba_ssm"):
         try:
             versions[package] = getattr(__import__(package), "__version__", "unknown")
         except Exception:  # a package that breaks on import is as good as none

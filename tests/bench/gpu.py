@@ -3,7 +3,8 @@
     TRITON_INTERPRET=0 python -m tests.bench.gpu rule operators mixer kernels --save
 
 rule: ours against fla, FlashQLA and FlashInfer, where they can be imported, forward and backward.
-operators: convolution, gated norm, gate.   mixer: the whole layer.   kernels: each kernel of our rule by itself.
+operators: convolution, gated norm, gate, and Mamba2's state-space op against mamba_ssm's.   mixer: the whole layer.
+kernels: each kernel of our rule by itself.
 
 Each call is timed by CUDA events with a cold L2 cache, implementations take turns; "limit" is the roofline of this
 device, measured in the same run, "predicted" the least time of our kernels' own traffic. With --save one entry per
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_gdn.kernels import prepare_chunk_table
-from tests.bench import rivals
+from tests.bench import rivals, ssd
 from tests.bench.clock import Clock, Limits, Time, describe_device, measure_limits
 from tests.bench.run import append, commit
 from tests.bench.shapes import BACKWARD_KERNELS, FORWARD_KERNELS, RULE_GPU, Cost, RuleShape, kernel_costs, least_costs
@@ -148,7 +149,7 @@ def _rates(value: Time, heads: int, cost: Cost) -> dict:
 
 
 def bench_operators(clock: Clock, limits: Limits, backend: str, tokens: int) -> list[dict]:
-    """Convolution, gated norm and gate at the sizes of Qwen3-Next's layer; small on a CPU."""
+    """Convolution, gated norm and gate at the sizes of Qwen3-Next's layer, Mamba2's op at its own; small on a CPU."""
     cuda = clock.device.type == "cuda"
     D, HV, V, dtype = (8192, 32, 128, torch.bfloat16) if cuda else (12, 2, 8, torch.float32)
     generator = torch.Generator(clock.device).manual_seed(0)
@@ -157,8 +158,10 @@ def bench_operators(clock: Clock, limits: Limits, backend: str, tokens: int) -> 
         return torch.randn(sizes, generator=generator, device=clock.device).to(dtype).requires_grad_()
 
     size = normal(1).element_size()
+    heads, P, N = (ssd.HEADS, ssd.P, ssd.N) if cuda else (2, 8, 16)
+    of_ssd = ssd.least_costs(tokens, heads, P, N, size=size)
     cases = {
-        # operator: inputs, bytes forward, bytes backward
+        # operator: inputs, bytes or Cost forward, backward
         "convolution": ([normal(1, tokens, D), normal(D, 4)], 2 * tokens * D * size, 3 * tokens * D * size),
         "gated norm": (
             [normal(tokens, HV, V), normal(V), normal(tokens, HV, V)],
@@ -169,6 +172,11 @@ def bench_operators(clock: Clock, limits: Limits, backend: str, tokens: int) -> 
             [normal(1, tokens, HV), normal(HV, dtype=torch.float32), normal(HV, dtype=torch.float32)],
             tokens * HV * (size + 4),
             tokens * HV * (2 * size + 4),
+        ),
+        "state-space op": (
+            ssd.inputs(generator, T=tokens, heads=heads, P=P, N=N, dtype=dtype),
+            of_ssd["forward"],
+            of_ssd["backward"],
         ),
     }
     entries = []
@@ -189,11 +197,13 @@ def bench_operators(clock: Clock, limits: Limits, backend: str, tokens: int) -> 
                 errors[name] = _disagreement(found, reference, outside=False)
         entry = dict(shape_name=operator, tokens=tokens, refusals=refusals, differences_from_ours=errors)
         entry["implementations"] = {}
-        for direction, functions, num_bytes in (("forward", forward, moved[0]), ("backward", backward, moved[1])):
-            entry[direction] = dict(limit_ms=round(1e3 * limits.seconds(num_bytes, 0), 5))
+        for direction, functions, least in (("forward", forward, moved[0]), ("backward", backward, moved[1])):
+            cost = least if isinstance(least, Cost) else Cost(bytes=least, flops=0)
+            entry[direction] = dict(limit_ms=round(1e3 * limits.seconds(cost.bytes, cost.flops), 5))
             for name, value in clock.compare(functions).items():
                 rates = dict(ms=value.median, quartiles_ms=value.quartiles, rounds=value.rounds)
-                rates["gb_per_s"] = round(num_bytes / value.median / 1e6, 1)
+                rates["gb_per_s"] = round(cost.bytes / value.median / 1e6, 1)
+                rates["tflop_per_s"] = round(cost.flops / value.median / 1e9, 2)
                 entry["implementations"].setdefault(name, {})[direction] = rates
         entries.append(entry)
     return entries

@@ -17,6 +17,7 @@ from megatron_gdn.kernels import (
     chunk_gated_delta_rule,
     gated_delta_gate,
     rms_norm_gated,
+    ssd,
 )
 
 # fla runs FlashQLA in its own name where that is installed; here each runs in its own.
@@ -112,8 +113,19 @@ def gate(name: str, backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return _import("fla.ops.gated_delta_rule.gate", "fused_gdn_gate")
 
 
+def state_space(name: str, backend: str) -> Callable[..., Tensor]:
+    """Mamba2's op as a function (x, dt, A, B, C, D) -> y."""
+    if name in (OURS, "torch"):
+        chosen = backend if name == OURS else "torch"
+        return lambda x, dt, A, B, C, D: ssd(x, dt=dt, A=A, B=B, C=C, D=D, backend=chosen)[0]
+    function = _import("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
+    # 256: what its layer passes.
+    return lambda x, dt, A, B, C, D: function(x, dt, A, B, C, chunk_size=256, D=D)
+
+
 OPERATORS = {
     "convolution": (convolution, (OURS, "torch", "fla", "causal_conv1d")),
     "gated norm": (gated_norm, (OURS, "torch", "fla")),
     "gate": (gate, (OURS, "torch", "fla")),
+    "state-space op": (state_space, (OURS, "torch", "mamba_ssm")),
 }

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.bench import gpu, rivals, tune
+from tests.bench import gpu, rivals, ssd, tune
 from tests.bench.clock import Clock, Limits, Time, measure_limits
 from tests.bench.shapes import (
     BACKWARD_KERNELS,
@@ -65,6 +65,16 @@ def test_costs_of_kernels():
     assert kernel_costs(8, 16, 128, 128)["output"].bytes == BYTES["output"] - 256
 
 
+def test_costs_of_the_state_space_op():
+    """By hand for one token of 2 heads, P 64, N 128, chunks of 64, bfloat16."""
+    least = ssd.least_costs(1, 2, 64, 128)
+    # x, y: 2 * 128 bytes each; B, C: 256 each; dt: 8. Gradients: dy, x, dx; B, C and theirs; dt and its own.
+    assert (least["forward"].bytes, least["backward"].bytes) == (2 * 256 + 2 * 256 + 8, 3 * 256 + 4 * 256 + 16)
+    # 8192 within a chunk per product of P, 16384 for one with a state or for C B^T.
+    assert least["forward"].flops == 2 * (8192 + 2 * 16384) + 16384
+    assert least["backward"].flops == 2 * (3 * 8192 + 5 * 16384) + 3 * 16384
+
+
 def test_shapes_on_the_gpu():
     assert {shape.V for shape in RULE_GPU.values()} >= {128, 384, 400, 512}
     for shape in RULE_GPU.values():
@@ -120,9 +130,10 @@ def test_command_rehearses_and_saves(monkeypatch, capsys, tmp_path):
     gpu.main()
     shown = capsys.readouterr().out
     assert "| convolution | backward |" in shown and "| layer, T 130 | forward |" in shown
+    assert "| state-space op | backward |" in shown
     [entry] = json.loads((tmp_path / "gpu_rule.json").read_text())
     assert entry["machine"]["versions"]["torch"] == torch.__version__ and entry["commit"]
-    assert len(json.loads((tmp_path / "gpu_operators.json").read_text())) == 3
+    assert len(json.loads((tmp_path / "gpu_operators.json").read_text())) == 4
 
 
 def test_candidates_are_valid_and_start_with_the_present_launch():

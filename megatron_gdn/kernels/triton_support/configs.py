@@ -122,13 +122,15 @@ TABLE["ssd_prepare float32"] = TABLE["ssd_prepare"]
 TABLE["ssd_state"] = {
     arch: [((256, 512), Config(num_warps=4, num_stages=2, block=(("BP", 32),)))] for arch in ARCHITECTURES
 }
-TABLE["ssd_state float32"] = TABLE["ssd_state"]
+TABLE["ssd_state float32"] = {
+    arch: [((256, 512), Config(num_warps=4, num_stages=2, block=(("BP", 16),)))] for arch in ARCHITECTURES
+}
 TABLE["ssd_output"] = {
     arch: [((256, 512), Config(num_warps=4, num_stages=2, block=(("BN", 64), ("BP", 64))))] for arch in ARCHITECTURES
 }
 TABLE["ssd_output float32"] = TABLE["ssd_output"]
 TABLE["ssd_state_gradients"] = TABLE["ssd_state"]
-TABLE["ssd_state_gradients float32"] = TABLE["ssd_state"]
+TABLE["ssd_state_gradients float32"] = TABLE["ssd_state float32"]
 # BH heads of a group are summed in registers.
 TABLE["ssd_group_gradients"] = {
     arch: [((256, 512), Config(num_warps=8, num_stages=1, block=(("BP", 64), ("BH", 8))))] for arch in ARCHITECTURES
