@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_gdn.config import ModelConfig
 from megatron_gdn.training.restricted import UnsafeCheckpointError, named_global, read_metadata
@@ -60,12 +60,9 @@ class MegatronCheckpoint:
 
     def __init__(self, path: Path, *, master: bool = False):
         self.path = find_checkpoint(Path(path))
-        metadata = read_metadata(self.path / ".metadata")
-        entries = {
-            key: entry
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
+        metadata = _read_metadata(self.path / ".metadata")
+        everything = metadata.state_dict_metadata.items()
+        entries = {key: entry for key, entry in everything if isinstance(entry, TensorStorageMetadata)}
         names = {key: _our_key(key) for key in entries if not key.startswith(_OTHER)}
         if master:
             masters = {key: _our_key(match[1]) for key in entries if (match := _MASTER.fullmatch(key))}
@@ -224,6 +221,13 @@ class MegatronCheckpoint:
         """Optimizer steps done."""
         found = re.fullmatch(r"(?:step|iter)_(\d+)", self.path.name)
         return int(found[1]) if found else self.info.get("step")
+
+
+def _read_metadata(path: Path) -> Metadata:
+    try:
+        return read_metadata(path)
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError) as error:
+        raise ConvertError(f"{path} cannot be read ({error!r}): copy the checkpoint whole.") from error
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -157,7 +157,7 @@ class Progress:
     """
 
     def __init__(self, conversion: Conversion, *, done: int = 0):
-        options = dict(unit="B", unit_scale=True, unit_divisor=1000, smoothing=0.05, mininterval=1.0)
+        options = dict(unit="B", unit_scale=True, smoothing=0.05, disable=None)  # None: where nobody watches
         self._conversion, self._bar = conversion, tqdm(total=conversion.num_bytes, initial=done, **options)
 
     def __enter__(self) -> "Progress":
@@ -178,8 +178,8 @@ def print_plan(conversion: Conversion, output: Path) -> None:
     print("\n".join(conversion.describe()))
     free = free_bytes(output)
     print(
-        f"writes {conversion.num_bytes / 1e6:.1f} MB ({free / 1e6:.0f} MB are free), reads one group of tensors at a "
-        f"time: at most about {(conversion.peak_bytes + _OVERHEAD_BYTES) / 1e6:.0f} MB of memory beyond Python's"
+        f"writes {conversion.num_bytes:,} bytes ({free / 1e6:.0f} MB are free), reads one group of tensors at a time: "
+        f"at most about {(conversion.peak_bytes + _OVERHEAD_BYTES) / 1e6:.0f} MB of memory beyond Python's"
     )
 
 

@@ -57,15 +57,15 @@ TABLE = Table(
 def table(names: Iterable[str]) -> Table:
     """The table of a folder with these weights: before 2025-02-08 the MLP's gate and up were one weight."""
     names = set(names)
-    if "model.layers.0.mlp.gate_proj.weight" in names and "model.layers.0.mlp.up_proj.weight" not in names:
-        fused = Row("mlp.linear_fc1.weight", "mlp.gate_proj.weight")
-        return replace(TABLE, mlp=(TABLE.mlp[0], fused, TABLE.mlp[2]))
     if names and "model.layers.0.attn_norm.weight" not in names:
         raise ConvertError(
             "model.layers.0.attn_norm.weight is missing: versions of fla before 2025-02-06 could put the norms into "
             "the layers (norm_first); load the model with such a version and save it with norm_first=false."
         )
-    return TABLE
+    if not names or "model.layers.0.mlp.up_proj.weight" in names:
+        return TABLE
+    fused = Row("mlp.linear_fc1.weight", "mlp.gate_proj.weight")
+    return replace(TABLE, mlp=(TABLE.mlp[0], fused, TABLE.mlp[2]))
 
 
 def obstacles(architecture: Architecture) -> list[str]:

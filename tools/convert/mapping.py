@@ -57,7 +57,8 @@ class Row:
 class Table:
     """The names of a format.
 
-    norm_center: what its norms add to their weight, 0 or 1; the norm of Gated DeltaNet's output adds 0 everywhere.
+    norm_center: what its norms add to their weight, 0 or 1, or None for what the model's add; the norm of Gated
+        DeltaNet's output adds 0 everywhere.
     prefix: of a layer's keys; `{}` is its number, from 0.
     model, output: rows outside of layers; `output` where the embedding is not the output too.
     layer, mlp, experts: rows of each layer, of its MLP, of its mixture of experts.
@@ -65,7 +66,7 @@ class Table:
     ignored: their keys that hold nothing, as patterns, with the reason.
     """
 
-    norm_center: float
+    norm_center: float | None
     prefix: str
     model: Sequence[Row]
     output: Sequence[Row]
@@ -164,7 +165,8 @@ def _shifted(ours, theirs, shift: float, *, keep_float32: bool = False) -> Link:
 
 
 def _norm(context: _Context, ours, theirs) -> Link:
-    return _shifted(ours, theirs, float(context.architecture.model.zero_centered_norm) - context.table.norm_center)
+    center = float(context.architecture.model.zero_centered_norm)
+    return _shifted(ours, theirs, 0.0 if context.table.norm_center is None else center - context.table.norm_center)
 
 
 def _out_norm(context: _Context, ours, theirs) -> Link:

@@ -1,0 +1,314 @@
+"""Other people's files: historic and hybrid folders of fla, experts, lit_gpt, Megatron-LM, settings nobody knows."""
+
+import argparse
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from megatron_gdn.config import load_config
+from tests.tools import checkpoints
+from tools.convert import hf_to_megatron, lit_gpt_to_megatron, megatron_to_hf
+from tools.convert.architecture import Architecture, expected_shapes
+from tools.convert.checkpoint import MegatronCheckpoint
+from tools.convert.formats import REFUSED, choose_format, read_architecture
+from tools.convert.lit_gpt import TABLE as LIT_GPT
+
+PURE = dict(pattern="G-G-", linear_num_key_heads=2, linear_num_value_heads=4)
+
+
+def export(checkpoint: Path, output: Path, *arguments: str) -> Path:
+    assert megatron_to_hf.main(["--checkpoint", str(checkpoint), "--output", str(output), *arguments]) == 0
+    return output
+
+
+def load(folder: Path, output: Path, *arguments: str) -> Path:
+    assert hf_to_megatron.main(["--hf", str(folder), "--output", str(output), *arguments]) == 0
+    return output
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    found = MegatronCheckpoint(path)
+    return {key: found.read(key) for key in found.keys()}
+
+
+def assert_equal(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        assert value.dtype == b[key].dtype and torch.equal(value, b[key]), key
+
+
+def unpadded(found: dict) -> dict:
+    rows = ("embedding.word_embeddings.weight", "output_layer.weight")
+    return {key: value[: checkpoints.VOCABULARY] if key in rows else value for key, value in found.items()}
+
+
+@pytest.mark.parametrize(
+    "model, wanted",
+    [
+        (PURE, "gated_deltanet"),
+        (PURE | dict(tie_embeddings=True, allow_neg_eigval=True), "gated_deltanet"),
+        (checkpoints.FLA, "gated_deltanet"),
+        # Two windows, and layers with other key heads: fla's list of attention.
+        (
+            dict(
+                pattern="G-S-*-S-",
+                linear_num_key_heads=2,
+                linear_num_value_heads=2,
+                sliding_attention=dict(window=20),
+                attention_layers={3: dict(num_query_groups=4), 4: dict(window=30)},
+            ),
+            "gated_deltanet",
+        ),
+        (checkpoints.QWEN, "qwen3_5_text"),
+        (checkpoints.QWEN, "qwen3_next"),
+    ],
+)
+def test_weights_come_back_bit_by_bit(tmp_path, model, wanted):
+    """In bfloat16 too, through several files on both sides."""
+    described = checkpoints.architecture(model)
+    before = checkpoints.random_weights(described, torch.bfloat16)
+    path = checkpoints.write(tmp_path / "ours", described, before, max_file_bytes=20_000)
+    assert len(list(path.glob("*/*.distcp"))) > 2
+    there = export(path, tmp_path / "hf", "--format", wanted, "--max-shard-size", "20KB")
+    again = load(there, tmp_path / "again")
+    assert_equal(unpadded(before), weights(again))
+    back = export(again, tmp_path / "back", "--format", wanted, "--max-shard-size", "20KB")
+    assert {file.name: file.read_bytes() for file in there.iterdir()} == {
+        file.name: file.read_bytes() for file in back.iterdir()
+    }
+    options = MegatronCheckpoint(again).architecture
+    assert options.attention_layers == described.attention_layers
+
+
+@pytest.mark.parametrize("key_dim, value_dim", [(24, 10), (49, 34), (256, 341), (100, 29)])
+def test_flas_ratio_gives_the_head_size_back(key_dim, value_dim):
+    """fla computes int(head_dim * expand_v), which rounds down."""
+    model = PURE | dict(linear_key_head_dim=key_dim, linear_value_head_dim=value_dim)
+    found, _ = choose_format(checkpoints.architecture(model))
+    config = found.write_config(checkpoints.architecture(model))
+    assert int(config["head_dim"] * config["expand_v"]) == value_dim
+    assert found.read_config(config)[0]["linear_value_head_dim"] == value_dim
+
+
+def edit(folder: Path, change_state=None, **settings) -> None:
+    if change_state is not None:
+        state = load_file(folder / "model.safetensors")
+        change_state(state)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config = {name: value for name, value in (config | settings).items() if value != "absent"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_historic_folders_of_fla(tmp_path, capsys):
+    """A D that nothing reads, gate and up in one weight, settings that did not exist yet."""
+    path = checkpoints.checkpoint(tmp_path / "ours", PURE)
+    new = export(path, tmp_path / "new")
+
+    def to_old(state):
+        for i in range(2):
+            state[f"model.layers.{i}.attn.D"] = torch.ones(4)
+            names = [f"model.layers.{i}.mlp.{name}_proj.weight" for name in ("gate", "up")]
+            state[names[0]] = torch.cat([state[names[0]], state.pop(names[1])])
+
+    old = export(path, tmp_path / "old")
+    absent = dict.fromkeys(("allow_neg_eigval", "use_gate", "use_short_conv", "attn", "hidden_act"), "absent")
+    edit(old, to_old, norm_first=False, **absent)
+    assert_equal(weights(load(new, tmp_path / "a")), weights(load(old, tmp_path / "b")))
+    assert "left out: model.layers.1.attn.D (no version of fla reads it" in capsys.readouterr().out
+
+    edit(old, lambda state: [state.pop(f"model.layers.{i}.attn_norm.weight") for i in range(2)])
+    assert hf_to_megatron.main(["--hf", str(old), "--output", str(tmp_path / "c")]) == 1
+    assert "norms into the layers (norm_first)" in capsys.readouterr().err
+
+
+def test_intermediate_size_of_the_public_360m_model():
+    """intermediate_size null and hidden_ratio 4 give 2816 and 357,781,928 parameters, as the recipe has."""
+    config = dict(
+        model_type="gated_deltanet",
+        hidden_size=1024,
+        num_hidden_layers=21,
+        num_heads=4,
+        head_dim=256,
+        expand_v=1,
+        hidden_ratio=4,
+        intermediate_size=None,
+        vocab_size=32000,
+        num_v_heads=None,
+        tie_word_embeddings=False,
+    )
+    _, found = read_architecture(config)
+    shapes = expected_shapes(found).values()
+    assert sum(torch.Size([size or 32000 for size in shape]).numel() for shape in shapes) == 357_781_928
+    recipe = load_config(Path("examples/recipes/fla_360m.yaml")).model
+    assert expected_shapes(Architecture(model=recipe)) == expected_shapes(found)
+
+
+SETTINGS = {
+    "unknown": (dict(rotary_scaling=2), r"settings that no version of this format has: rotary_scaling \(2\)"),
+    "no convolution": (dict(use_short_conv=False), r"use_short_conv \(False\) must be True"),
+    "sigmoid gate": (dict(output_gate_activation="sigmoid"), r"output_gate_activation \(sigmoid\) must be swish"),
+    "powlu": (dict(hidden_act="powlu"), r"hidden_act \(powlu\) must be swish"),
+    "attention residuals": (dict(attnres_block_size=4), r"attnres_block_size \(4\) must be None"),
+    "biases": (dict(attn=dict(layers=[1], num_heads=2, qkv_bias=True)), r"attn.qkv_bias \(true\) must be false"),
+    "attention nobody knows": (dict(attn=dict(layers=[1], num_heads=2, alibi=1)), r"attn.alibi \(1\) is not known"),
+    "layer that is not there": (dict(attn=dict(layers=[7], num_heads=2)), "is not a configuration of gated_deltanet"),
+    "fraction of a base": (dict(attn=dict(layers=[1], num_heads=2, rope_theta=0.5)), r"rope_theta \(0.5\) must be"),
+    "quantized": (dict(quantization_config={"bits": 4}), "settings that no version of this format has: quantization"),
+    **{name: (dict(model_type=name), re.escape(f"({name}) must be one of")) for name in ("kda", "olmo_hybrid")},
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_without_an_equal_are_refused(tmp_path, capsys, case):
+    settings, message = SETTINGS[case]
+    folder = export(checkpoints.checkpoint(tmp_path / "ours", PURE), tmp_path / "hf")
+    edit(folder, **settings)
+    assert hf_to_megatron.main(["--hf", str(folder), "--output", str(tmp_path / "again")]) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    if settings.get("model_type") in REFUSED:
+        assert REFUSED[settings["model_type"]] in error
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), r"rope_type \(yarn\): .* without scaling"),
+        (dict(attention_bias=True), r"attention_bias \(True\) must be False"),
+        (dict(layer_types=["linear_attention"]), r"layer_types .* must be 3 of"),
+        (dict(attn_output_gate=False), r"attn_output_gate \(False\) must be True"),
+    ],
+)
+def test_settings_of_qwen_without_an_equal_are_refused(tmp_path, capsys, settings, message):
+    folder = export(checkpoints.checkpoint(tmp_path / "ours", checkpoints.QWEN), tmp_path / "hf")
+    edit(folder, **settings)
+    assert hf_to_megatron.main(["--hf", str(folder), "--output", str(tmp_path / "again")]) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+
+
+def test_unknown_setting_and_weight_can_be_left_out_by_name(tmp_path, capsys):
+    folder = export(checkpoints.checkpoint(tmp_path / "ours", PURE), tmp_path / "hf")
+    plain = weights(load(folder, tmp_path / "plain"))
+    edit(folder, lambda state: state.update({"mtp.fc.weight": torch.ones(2, 2)}), rotary_scaling=2)
+    command = ["--hf", str(folder), "--output", str(tmp_path / "again")]
+    assert hf_to_megatron.main([*command, "--ignore-setting", "rotary_scaling"]) == 1
+    assert "no rule converts mtp.fc.weight" in capsys.readouterr().err
+    assert hf_to_megatron.main([*command, "--ignore-setting", "rotary_scaling", "--drop", "mtp.*"]) == 0
+    assert "left out: mtp.fc.weight (--drop)" in capsys.readouterr().out
+    assert_equal(plain, weights(tmp_path / "again"))
+
+
+def test_copy_of_the_embedding_is_compared(tmp_path, capsys):
+    path = checkpoints.checkpoint(tmp_path / "ours", PURE | dict(tie_embeddings=True))
+    folder = export(path, tmp_path / "hf")
+    edit(folder, lambda state: state.update({"lm_head.weight": state["model.embeddings.weight"].clone()}))
+    load(folder, tmp_path / "equal")
+    edit(folder, lambda state: state["lm_head.weight"].add_(1))
+    assert hf_to_megatron.main(["--hf", str(folder), "--output", str(tmp_path / "other")]) == 1
+    assert "lm_head.weight differs from model.embeddings.weight" in capsys.readouterr().err
+
+
+# ---- experts, and Megatron-LM
+
+
+def args_of(described: Architecture, **changes) -> argparse.Namespace:
+    from tools.convert.megatron_lm import args_of_architecture
+
+    args = args_of_architecture(described, 128)
+    vars(args).update(changes)
+    return args
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(add_bias_linear=True), r"add_bias_linear \(True\) must be False"),
+        (dict(experimental_attention_variant="gdn2"), r"experimental_attention_variant \(gdn2\) must be"),
+        (dict(rotary_interleaved=True), r"rotary_interleaved \(True\) must be False"),
+        (dict(normalization="LayerNorm"), r"normalization \(LayerNorm\) must be RMSNorm"),
+        (dict(mtp_num_layers=1), r"mtp_num_layers \(1\) must be None"),
+        (dict(window_size=(4, 4), window_attn_skip_freq=None, linear_attention_freq=2), r"window_size \(\(4, 4\)\)"),
+    ],
+)
+def test_arguments_of_megatron_lm_without_an_equal_are_refused(change, message):
+    from tools.convert.errors import ConvertError
+    from tools.convert.megatron_lm import architecture_of_args
+
+    described = checkpoints.architecture(checkpoints.QWEN)
+    assert architecture_of_args(vars(args_of(described))).model.pattern == "G-G-*-"
+    with pytest.raises(ConvertError, match=message):
+        architecture_of_args(vars(args_of(described, **change)))
+
+
+# ---- lit_gpt
+
+
+@pytest.fixture
+def lit_gpt(tmp_path):
+    """A file, a recipe, and the weights that they hold; written from the names that formats are known by."""
+    model = dict(
+        pattern="G-S-",
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        num_query_groups=None,
+        sliding_attention=dict(window=20),
+        tie_embeddings=True,
+        vocab_multiple=2,
+    )
+    described = checkpoints.architecture(model)
+    ours = unpadded(checkpoints.random_weights(described))
+    state = {}
+    for link in LIT_GPT.links(described):
+        state |= dict(zip(link.theirs, link.to_theirs(*(ours[key] for key in link.ours)), strict=True))
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    state["transformer.h.0.attn.b_proj.bias"] = torch.zeros(2)
+    state["transformer.h.0.attn.D"] = torch.ones(2)
+    recipe = tmp_path / "recipe.yaml"
+    values = asdict(load_config(Path("examples/recipes/h1_0.4b.yaml")))
+    values["model"] = asdict(described.model)
+    recipe.write_text(yaml.safe_dump(values))
+
+    def save(state=state, **more):
+        torch.save({"model": state, "hparams": {"lr": 1e-3}, "iter_num": 5} | more, tmp_path / "iter-model-ckpt.pth")
+        return ["--file", str(tmp_path / "iter-model-ckpt.pth"), "--recipe", str(recipe)]
+
+    return save, state, ours
+
+
+def test_lit_gpt_file(lit_gpt, tmp_path, capsys):
+    save, state, ours = lit_gpt
+    assert lit_gpt_to_megatron.main([*save(), "--output", str(tmp_path / "ours")]) == 0
+    assert "left out: transformer.h.0.attn.D (the layer does not read it)" in capsys.readouterr().out
+    assert_equal(ours, weights(tmp_path / "ours"))
+    assert state["transformer.h.1.attn.attn.weight"].shape == (96, 32)  # three times four heads of eight
+
+
+def test_bias_of_beta_is_refused_unless_zero(lit_gpt, tmp_path, capsys):
+    save, state, ours = lit_gpt
+    state["transformer.h.0.attn.b_proj.bias"] += 0.25
+    command = [*save(), "--output", str(tmp_path / "ours")]
+    assert lit_gpt_to_megatron.main(command) == 1
+    assert "b_proj.bias is not zero (up to 0.25), and no layer here has" in capsys.readouterr().err
+    assert lit_gpt_to_megatron.main([*command, "--drop", "*.b_proj.bias"]) == 0
+    assert_equal(ours, weights(tmp_path / "ours"))
+
+
+@pytest.mark.parametrize("name", ["gdn_0.4b", "gdn_1.3b", "h1_0.4b", "h1_1.3b"])
+def test_recipes_have_the_parameters_of_lit_gpts_models(name):
+    """Published counts, less the bias of beta and D, which lit_gpt has in each Gated DeltaNet layer beside them."""
+    counts = {"gdn_0.4b": 516_838_028, "h1_0.4b": 530_765_016, "gdn_1.3b": 1_309_295_776, "h1_1.3b": 1_316_608_452}
+    model = load_config(Path(f"examples/recipes/{name}.yaml")).model
+    described = Architecture(model=model)
+    shapes = expected_shapes(described).values()
+    found = sum(torch.Size([size or 32000 for size in shape]).numel() for shape in shapes)
+    # Per layer: a bias and a D of 9 heads.
+    assert counts[name] - found in (9 * described.symbols.count("G"), 18 * described.symbols.count("G"))
