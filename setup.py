@@ -15,7 +15,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["megatron_gdn", "megatron_gdn.*"]),
+    # examples/generate.py and evaluate.py, which are run by path, import the tools.
+    packages=find_packages(include=["megatron_gdn", "megatron_gdn.*", "tools", "tools.*"]),
     install_requires=[
         "torch>=2.6,<2.14",
         "megatron-core>=0.16.1,<0.20",

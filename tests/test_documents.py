@@ -91,6 +91,21 @@ def test_public_code_has_docstrings_and_scripts_a_guard(path):
         assert "__name__ == '__main__'" in guards, "main() needs a guard: child processes import the script"
 
 
+def test_scripts_run_by_path_find_what_they_import(monkeypatch):
+    """`python examples/x.py` sees installed packages and its own folder, not the root."""
+    found = {}
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: found.update(arguments))
+    monkeypatch.chdir(ROOT)
+    exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), {"__file__": str(ROOT / "setup.py")})
+    for path in files("examples"):
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        ours = {node.module for node in nodes if (ROOT / node.module.split(".")[0]).is_dir()}
+        packages = {
+            module if (ROOT / module.replace(".", "/")).is_dir() else module.rpartition(".")[0] for module in ours
+        }
+        assert packages <= set(found["packages"]), path
+
+
 def test_no_list_of_dependencies_has_apex():
     lists = [ROOT / "setup.py", ROOT / "pyproject.toml", *ROOT.glob("*requirements*.txt")]
     pattern = re.compile(r"""(?:^|["'])\s*apex(?![\w.-])""", flags=re.M | re.I)

@@ -62,6 +62,8 @@ def transformer_config(
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=F.silu,
+        # One compiled kernel that keeps its input only; on a CPU it wants a C++ compiler and seconds.
+        bias_activation_fusion=torch.cuda.is_available(),
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,

@@ -232,6 +232,25 @@ def content_key(prefixes: list[str]) -> str:
     return digest.hexdigest()[:16]
 
 
+def data_key(entries: list[str], shards: TextShards | None = None) -> str:
+    """A name for the contents of the training data, for a run that continues.
+
+    Args:
+        entries: prefixes or "weight prefix"; tokens count by the hash in the manifest, where there is one.
+        shards: text in place of them; counts by the files' names and sizes.
+    """
+    digest = hashlib.sha256()
+    if shards is not None:
+        for path in shards.paths:
+            digest.update(f"{Path(path).name} {Path(path).stat().st_size}\n".encode())
+        return digest.hexdigest()[:16]
+    for prefix in _prefixes(entries):
+        manifest = check_dataset(prefix).manifest
+        digest.update(content_key([prefix]).encode())
+        digest.update(manifest["files"]["bin"]["sha256"].encode() if manifest else b"")
+    return digest.hexdigest()[:16]
+
+
 def drop_broken_indices(cache: Path) -> None:
     """Remove index files that are not whole arrays of plain numbers; Megatron then builds them again.
 

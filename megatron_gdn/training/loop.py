@@ -14,7 +14,7 @@ from megatron_gdn.cost import model_cost, peak_flops
 from megatron_gdn.fp8.alignment import check_alignment
 from megatron_gdn.providers import get_provider
 from megatron_gdn.training.checkpoint import CheckpointStore
-from megatron_gdn.training.data import TrainingBatches, build_datasets, read_vocabulary
+from megatron_gdn.training.data import TrainingBatches, build_datasets, data_key, read_vocabulary
 from megatron_gdn.training.engine import MegatronEngine
 from megatron_gdn.training.faults import OutputLock, StopSignal
 from megatron_gdn.training.health import HealthMonitor
@@ -130,6 +130,7 @@ class Trainer:
             optimizer=self.engine.optimizer,
             scheduler=self.engine.scheduler,
             vocabulary=vocabulary,
+            data_key=data_key(config.data.train, shards),
         )
         self.store = CheckpointStore(output_dir / "checkpoints", keep=config.checkpoint.keep)
         self.timer = StepTimer()

@@ -33,6 +33,7 @@ class TrainState:
     model: this rank's stage, unwrapped.
     optimizer, scheduler: Megatron's.
     vocabulary: of the data, for those who read the checkpoint without it.
+    data_key: name of the contents of data.train, see `data_key`.
     step: optimizer steps done.
     consumed_samples: samples of the training order that were used; also the position in the data.
     """
@@ -41,6 +42,7 @@ class TrainState:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     vocabulary: Vocabulary
+    data_key: str
     step: int = 0
     consumed_samples: int = 0
 
@@ -67,6 +69,7 @@ class TrainState:
             "consumed_samples": self.consumed_samples,
             "world_size": torch.distributed.get_world_size(),
             "vocabulary": asdict(self.vocabulary),
+            "data_key": self.data_key,
             "config": asdict(config),
         }
         store.save(self.step, self.sharded(loading=False), info=info)
@@ -88,6 +91,12 @@ class TrainState:
         info = store.info(path)
         saved = parse_config(info["config"])
         check_continuation(saved, config)
+        if info.get("data_key") != self.data_key:
+            raise ConfigError(
+                f"data.train ({', '.join(config.data.train)}) holds other data than when {path.name} was written, so a "
+                "position in it means nothing: put the data back, or start a new run with "
+                f"checkpoint.initial_weights={store.root}."
+            )
         same_layout = info["world_size"] == torch.distributed.get_world_size() and saved.parallel == config.parallel
         if not same_layout:
             logger.info("the layout differs from the checkpoint's: the random generators start from the seed")

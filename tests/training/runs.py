@@ -45,13 +45,13 @@ SETTINGS = {
 }
 
 
-def write_dataset(folder: Path) -> Path:
+def write_dataset(folder: Path, seed: int = 0) -> Path:
     """A small indexed dataset of random documents; returns its prefix."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     prefix = folder / "text"
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(VOCABULARY))
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for _ in range(200):
         # A skewed distribution, so that there is something to learn.
         tokens = np.minimum(rng.geometric(0.1, rng.integers(5, 40)), VOCABULARY - 1)

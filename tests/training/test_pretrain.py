@@ -204,6 +204,18 @@ def test_another_configuration_cannot_continue_a_run(undisturbed, prefix, change
         check_continuation(parse_config(saved), parse_config(now))
 
 
+def test_replaced_data_cannot_continue_a_run(prefix, tmp_path):
+    """Other documents under the same path."""
+    copy = tmp_path / "copy"
+    for suffix in ("bin", "idx"):
+        shutil.copy(f"{prefix}.{suffix}", f"{copy}.{suffix}")
+    values = runs.settings(copy, tmp_path / "run", training={"exit_after_steps": 2, "validation_samples": 0})
+    runs.run(values)
+    runs.write_dataset(tmp_path, seed=1).with_suffix(".bin").replace(f"{copy}.bin")
+    (tmp_path / "text.idx").replace(f"{copy}.idx")
+    assert "copy) holds other data than when step_00000002 was written" in failure(values, resume=True)
+
+
 def test_used_output_folder_is_refused_without_resume(undisturbed, prefix):
     log = failure(runs.settings(prefix, undisturbed))
     assert "must be empty for a new run and holds" in log and "continue that run with --resume" in log
