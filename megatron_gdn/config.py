@@ -270,7 +270,8 @@ class DataConfig:
     """Folder of Megatron's sample indices; None: output_dir/cache."""
     documents: Literal["join", "separate"] = "join"
     """Documents of a sample; join: one text, as Megatron trains. separate: states, convolutions, attention and
-    positions restart with each, and none predicts the next one's first token; their bounds come from the index."""
+    positions restart with each, and none predicts the next one's first token; their bounds come from the index. TFLOP/s
+    and MFU still count attention over whole samples."""
     eod_mask_loss: bool = False
     """Leave the prediction after an end-of-document token out of the loss."""
     num_workers: NonNegative = 2

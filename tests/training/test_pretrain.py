@@ -115,23 +115,32 @@ def test_kill_inside_a_save_loses_nothing(prefix, undisturbed, tmp_path):
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+def files_under_way(output_dir: Path) -> set[Path]:
+    """Files of checkpoints that are not complete."""
+    try:
+        return set((output_dir / "checkpoints").glob(".writing-*/*"))
+    except FileNotFoundError:  # complete in the meantime
+        return set()
+
+
 def test_kill_at_random_moments_loses_nothing(prefix, undisturbed, tmp_path):
     """SIGKILL while saves are under way, six times; every step is saved, so a save is nearly always under way."""
     rng = random.Random(0)
     values = runs.settings(prefix, tmp_path / "run", checkpoint={"interval": 1, "keep": 2})
-    kills = 0
-    while kills < 6:
-        [process] = runs.start(values, resume=kills > 0)
-        checkpoints = tmp_path / "run/checkpoints"
-        before = set(checkpoints.glob(".writing-*/*"))
+    exit_codes = []
+    while len(exit_codes) < 6:
+        [process] = runs.start(values, resume=len(exit_codes) > 0)
+        before = files_under_way(tmp_path / "run")
         deadline = time.monotonic() + 60
-        while set(checkpoints.glob(".writing-*/*")) <= before and process.is_alive():
+        while files_under_way(tmp_path / "run") <= before and process.is_alive():
             assert time.monotonic() < deadline
             time.sleep(0.002)
         time.sleep(rng.random() * 0.05)
         process.kill()
         process.join()
-        kills += 1
+        exit_codes.append(process.exitcode)
+    # The last one may have come to the end of the run before it was killed.
+    assert exit_codes[:5] == [-signal.SIGKILL] * 5
     runs.run(values, resume=True)
     assert_same_run(tmp_path / "run", undisturbed)
 
