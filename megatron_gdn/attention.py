@@ -37,13 +37,15 @@ from megatron_gdn.documents import chunk_table_of
 from megatron_gdn.kernels import ChunkTable
 from megatron_gdn.kernels.sliding_window import check_window, resolve_attention_backend, sliding_window_attention
 from megatron_gdn.norms import HeadRMSNorm
+from megatron_gdn.parallel.context_attention import check_exchange, context_attention
+from megatron_gdn.parallel.fragments import Fragments
+from megatron_gdn.parallel.host import FragmentParams, fragments_of
 from megatron_gdn.providers import get_provider
 from megatron_gdn.sections import attention_sections, held_heads
 from megatron_gdn.sharded_sections import split_on_disk
 
 # What the core cannot do: field of TransformerConfig -> the only value it takes, and the remedy.
 _CORE_LIMITS = {
-    "context_parallel_size": (1, "use tensor and sequence parallelism for long sequences, or backend 'te'"),
     "attention_dropout": (0.0, "set it to 0, or use backend 'te'"),
     "softmax_type": ("vanilla", "use backend 'te'"),
     "qk_clip": (False, "use qk_norm, or backend 'te'"),
@@ -73,6 +75,9 @@ class SlidingWindowAttention(MegatronModule):
         attention_type: "self".
         attention_dropout: must be 0; None: config's.
         softmax_scale: None: kv_channels ** -0.5.
+        cp_comm_type: what context-parallel ranks exchange without a window: "all_gather", keys and values, or "a2a",
+            heads for tokens; None: "all_gather". With a window they exchange the keys and values of the window.
+        pg_collection: process groups; reads `cp`.
         window: tokens that a token sees, itself included; None: by config's window_size and window_attn_skip_freq,
             which is all tokens where they are not set.
         backend: "torch", "flash" or "flex".
@@ -107,6 +112,10 @@ class SlidingWindowAttention(MegatronModule):
             raise ValueError(f"attention_type ({attention_type}) must be 'self': use Megatron's cross attention.")
         self.attn_mask_type, self.backend, self.softmax_scale = attn_mask_type, backend, softmax_scale
         self.window = _window(config, layer_number, window)
+        self.cp_group, self.cp_comm_type = None, cp_comm_type or "all_gather"
+        if config.context_parallel_size > 1:
+            self.cp_group = (pg_collection or ProcessGroupCollection.use_mpu_process_groups(["cp"])).cp
+            check_exchange(self.cp_comm_type, self.window)
 
     def forward(
         self,
@@ -126,7 +135,8 @@ class SlidingWindowAttention(MegatronModule):
             attention_mask: ignored, as by Transformer Engine: the mask is causal.
             attn_mask_type: None: the one given at the start.
             attention_bias: must be None.
-            packed_seq_params: format thd, see `chunk_table_of`.
+            packed_seq_params: format thd, see `chunk_table_of`. Under context parallelism `FragmentParams`, or None for
+                Megatron's zigzag batches.
 
         Returns:
             `[sq, b, np * hn]`; packed `[t, np * hn]`.
@@ -144,6 +154,19 @@ class SlidingWindowAttention(MegatronModule):
                 f"key ({key.shape[0]} tokens) must have the tokens of query ({query.shape[0]}): there is no cached "
                 "decoding, run the whole sequence."
             )
+        fragments = fragments_of(packed_seq_params, query.shape[0], self.cp_group, device=query.device)
+        if fragments is not None:
+            o = context_attention(
+                query,
+                key,
+                value,
+                fragments=fragments,
+                window=self.window,
+                scale=self.softmax_scale,
+                cp_comm_type=self.cp_comm_type,
+                backend=self.backend,
+            )
+            return o.flatten(2)
         if packed_seq_params is None:
             if mask_type == AttnMaskType.padding_causal:
                 raise ValueError("attn_mask_type (padding_causal) needs packed_seq_params: pad behind, and use causal.")
@@ -176,11 +199,18 @@ class CoreAttention:
     def __new__(
         cls, config: TransformerConfig, layer_number: int, *, window: int | None = None, backend: str = "auto", **kwargs
     ):
+        alone = config.context_parallel_size == 1
+        if backend == "te" and not alone:
+            raise ValueError(
+                f"attention backend (te) must be another with context_parallel_size {config.context_parallel_size}: "
+                "Transformer Engine knows no fragments; use 'flash' or 'flex'."
+            )
         backend = resolve_attention_backend(
             backend,
             "cuda" if torch.cuda.is_available() else "cpu",
             dtype=config.params_dtype,
             head_dims=(config.kv_channels, config.kv_channels),
+            te=alone,
         )
         if backend != "te":
             return SlidingWindowAttention(config, layer_number, window=window, backend=backend, **kwargs)
@@ -307,10 +337,18 @@ class HybridSelfAttention(SelfAttention):
                 f"inference_context ({type(inference_context).__name__}) must be None: hybrid models have no cached "
                 "decoding under Megatron; run the whole sequence."
             )
+        ranks = self.world_size if self.config.sequence_parallel else 1
+        num_tokens = hidden_states.shape[0] * ranks
+        fragments = fragments_of(packed_seq_params, num_tokens, self.pg_collection.cp, device=hidden_states.device)
+        if fragments is not None:
+            packed_seq_params = FragmentParams.of(fragments)  # for the core
+            rotary_pos_emb = self._rotary_of_fragments(rotary_pos_emb, fragments)
+        else:
+            rotary_pos_emb = self._rotary(num_tokens, rotary_pos_emb, packed_seq_params)
         return super().forward(
             hidden_states,
             attention_mask,
-            rotary_pos_emb=self._rotary(hidden_states, rotary_pos_emb, packed_seq_params),
+            rotary_pos_emb=rotary_pos_emb,
             packed_seq_params=packed_seq_params,
             **host_kwargs,
         )
@@ -329,7 +367,11 @@ class HybridSelfAttention(SelfAttention):
         if self.observer is None:
             return
         query, key = arguments[:2]
-        if (documents := options.get("packed_seq_params")) is not None:
+        documents = options.get("packed_seq_params")
+        if isinstance(documents, FragmentParams):  # of one rank
+            start = documents.fragments.bounds[-2]
+            query, key = query[start:], key[start:]
+        elif documents is not None:
             bounds = documents.cu_seqlens_q_padded
             bounds = documents.cu_seqlens_q if bounds is None else bounds
             start = int(bounds[bounds < len(query)].max())  # waits for the device, in a sampled step only
@@ -367,22 +409,43 @@ class HybridSelfAttention(SelfAttention):
         # The host's is a torch.compile, which on a CPU wants a C++ compiler and seconds.
         return (x * gate.reshape(x.shape).float().sigmoid()).to(x.dtype)
 
-    def _rotary(self, hidden_states: Tensor, given, packed_seq_params: PackedSeqParams | None):
+    def _rotary_of_fragments(self, given, fragments: Fragments):
+        """The embedding of this rank's tokens, by their places in their documents."""
+        if not self.rope:
+            return None
+        if self.rotary_pos_emb is None:
+            if given is not None and (fragments.packed or fragments.layout != "zigzag"):
+                raise ValueError(
+                    f"rotary_pos_emb (the model's) must be this layer's own with fragments ({fragments.layout}, "
+                    f"{'packed' if fragments.packed else 'not packed'}): Megatron's is for zigzag batches of one "
+                    "document; give the layer a rotary_base."
+                )
+            return self._model_rotary(given)
+        inv_freq = self.rotary_pos_emb.inv_freq.to(fragments.device)
+        freqs = torch.outer(fragments.positions.to(inv_freq.dtype), inv_freq)
+        if self.rotary_pos_emb.rotary_interleaved:
+            return freqs.repeat_interleave(2, dim=-1)[:, None, None]
+        return torch.cat([freqs, freqs], -1)[:, None, None]  # [s, 1, 1, dimensions]
+
+    def _rotary(self, num_tokens: int, given, packed_seq_params: PackedSeqParams | None):
         """The embedding that the host applies: none, this layer's, or the model's."""
         if not self.rope:
             return None
-        if self.rotary_dim is None:
-            return given
         if self.rotary_pos_emb is not None:
             if packed_seq_params is None:
-                ranks = self.world_size if self.config.sequence_parallel else 1
-                return self.rotary_pos_emb(hidden_states.shape[0] * ranks * self.config.context_parallel_size)
+                return self.rotary_pos_emb(num_tokens)
             longest = packed_seq_params.max_seqlen_q
             if longest is None:
                 bounds = packed_seq_params.cu_seqlens_q_padded
                 bounds = packed_seq_params.cu_seqlens_q if bounds is None else bounds
                 longest = int(bounds.diff().max())  # waits for the device; the loader's max_seqlen_q does not
             return self.rotary_pos_emb(int(longest), packed_seq=True)
+        return self._model_rotary(given)
+
+    def _model_rotary(self, given):
+        """The model's embedding, as wide as this layer's."""
+        if self.rotary_dim is None:
+            return given
         width = None if given is None else (given[0] if isinstance(given, tuple) else given).shape[-1]
         if width != self.rotary_dim:
             raise ValueError(

@@ -38,6 +38,10 @@ from megatron_gdn.kernels import (
     gated_delta_gate,
 )
 from megatron_gdn.norms import GatedRMSNorm
+from megatron_gdn.parallel.context import context_causal_conv1d, context_gated_delta_rule, start_conv_halo
+from megatron_gdn.parallel.exchange import PendingRows
+from megatron_gdn.parallel.fragments import Fragments
+from megatron_gdn.parallel.host import fragments_of
 from megatron_gdn.sections import gated_delta_net_sections, local_sizes, pad_ghosts
 from megatron_gdn.sharded_sections import split_on_disk
 
@@ -76,7 +80,7 @@ class GatedDeltaNet(MegatronModule):
             linear_key_head_dim, linear_value_head_dim, linear_conv_kernel_dim, layernorm_epsilon.
         submodules: the linear layers.
         layer_number: global number of the layer, from 1; part of the names that seed the initial weights.
-        pg_collection: process groups; reads `tp`.
+        pg_collection: process groups; reads `tp` and `cp`.
         allow_neg_eigval: beta in (0, 2) instead of (0, 1), which lets the state transition have negative eigenvalues.
         use_output_gate: multiply the normalised output by silu(z).
         use_qk_l2norm: L2-normalise q and k in the kernel.
@@ -85,10 +89,11 @@ class GatedDeltaNet(MegatronModule):
         A_init_range: range of A at the start; the paper's code draws A ~ U(0, 16).
         row_multiple: fill the rows of in_proj and the columns of out_proj on each rank up to a multiple of this, with
             zeros that change no result and are in no checkpoint; FP8 wants 16 or 32.
+        state_exchange: between context-parallel ranks, "all_gather" or "scan", see `megatron_gdn.parallel.state`.
         backend: kernel backend: "auto" or "torch".
 
     Raises:
-        ValueError: value heads that are no multiple of key heads; context parallelism.
+        ValueError: value heads that are no multiple of key heads.
     """
 
     def __init__(
@@ -105,6 +110,7 @@ class GatedDeltaNet(MegatronModule):
         scale_out_proj: bool = True,
         A_init_range: tuple[float, float] = (0.0, 16.0),
         row_multiple: int = 1,
+        state_exchange: str = "all_gather",
         backend: str = "auto",
         **host_kwargs,
     ):
@@ -113,12 +119,8 @@ class GatedDeltaNet(MegatronModule):
         self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
         self.tp_group = self.pg_collection.tp
         self.tp_rank, self.tp_size = self.tp_group.rank(), self.tp_group.size()
+        self.cp_group, self.state_exchange = self.pg_collection.cp, state_exchange
         check_heads(config)
-        if config.context_parallel_size > 1:
-            raise ValueError(
-                f"context_parallel_size ({config.context_parallel_size}) must be 1 for Gated DeltaNet: "
-                "use tensor and sequence parallelism for long sequences."
-            )
         self.layer_number = layer_number
         self.observer = None
         """Called with tensors of the next forward pass, see megatron_gdn/training/health.py."""
@@ -251,36 +253,47 @@ class GatedDeltaNet(MegatronModule):
             attention_mask: ignored, the mixer is causal.
             inference_context: must be None.
             packed_seq_params: documents packed along s with b = 1, see `chunk_table_of`. State and convolution restart
-                at each document.
+                at each document. Under context parallelism `FragmentParams`, or None for Megatron's zigzag batches.
             host_kwargs: rotary embeddings and the like, which the mixer has no use for.
 
         Returns:
             `[s, b, h]` as it came in, and the bias of `out_proj`, None.
 
         Raises:
-            ValueError: an inference context.
+            ValueError: an inference context; see `megatron_gdn.parallel.host.fragments_of`.
         """
         if inference_context is not None:
             raise ValueError(
                 f"inference_context ({type(inference_context).__name__}) must be None: "
                 "Gated DeltaNet has no cached decoding under Megatron; run the whole sequence."
             )
-        documents = chunk_table_of(packed_seq_params, device=hidden_states.device)
         mixed, _ = self.in_proj(hidden_states)  # [s, b, q + k + v + z] of this rank's heads
-        gates, _ = self.in_proj_ba(hidden_states)
-        q, k, v, z = self._conv_and_split(mixed.transpose(0, 1), documents)
+        mixed = mixed.transpose(0, 1)
+        fragments = fragments_of(packed_seq_params, mixed.shape[1], self.cp_group, device=mixed.device)
+        documents = halo = None
+        if fragments is not None:
+            width = sum(local_sizes(self.sections["conv1d"], self.tp_size))
+            halo = start_conv_halo(mixed[..., :width], self.config.linear_conv_kernel_dim, fragments)
+        else:
+            documents = chunk_table_of(packed_seq_params, device=hidden_states.device)
+        gates, _ = self.in_proj_ba(hidden_states)  # while rows of other ranks arrive
         beta, g = self._gates(gates.transpose(0, 1))
-        o, state = chunk_gated_delta_rule(
-            q,
-            k,
-            v,
+        q, k, v, z = self._conv_and_split(mixed, documents, fragments, halo)
+        rule = dict(
             g=g,
             beta=beta,
             use_qk_l2norm_in_kernel=self.use_qk_l2norm,
-            output_final_state=self.observer is not None,
-            cu_seqlens=documents,
+            allow_neg_eigval=self.allow_neg_eigval,
             backend=self.backend,
         )
+        if fragments is not None:
+            o, state = context_gated_delta_rule(
+                q, k, v, fragments=fragments, state_exchange=self.state_exchange, **rule
+            )
+        else:
+            o, state = chunk_gated_delta_rule(
+                q, k, v, output_final_state=self.observer is not None, cu_seqlens=documents, **rule
+            )
         if self.observer is not None:
             own = self.sections["in_proj_ba"][0].local_heads(self.tp_rank, self.tp_size)
             seen = {"alpha": g.exp()[..., :own], "beta": beta[..., :own], "state": state[:, :own]}
@@ -300,18 +313,16 @@ class GatedDeltaNet(MegatronModule):
         return beta, gated_delta_gate(alpha[0], self.A_log, self.dt_bias, backend=self.backend)
 
     def _conv_and_split(
-        self, mixed: Tensor, documents: ChunkTable | None
+        self, mixed: Tensor, documents: ChunkTable | None, fragments: Fragments | None, halo: PendingRows | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """`[b, s, local rows]` to q, k `[b, s, H, K]` and v, z `[b, s, HV, V]` of this rank's heads; z may be None."""
         sizes = local_sizes(self.sections["conv1d"], self.tp_size)
         width, used = sum(sizes), sum(local_sizes(self.sections["in_proj"], self.tp_size))
-        qkv, _ = causal_conv1d(
-            mixed[..., :width],
-            self.conv1d.weight.squeeze(1),
-            activation="silu",
-            cu_seqlens=documents,
-            backend=self.backend,
-        )
+        x, weight = mixed[..., :width], self.conv1d.weight.squeeze(1)
+        if fragments is not None:
+            qkv = context_causal_conv1d(x, weight, fragments=fragments, halo=halo, backend=self.backend)
+        else:
+            qkv, _ = causal_conv1d(x, weight, activation="silu", cu_seqlens=documents, backend=self.backend)
         q, k, v = qkv.split(sizes, dim=-1)
         q, k = (x.unflatten(-1, (-1, self.key_head_dim)) for x in (q, k))
         z = mixed[..., width:used].unflatten(-1, (-1, self.value_head_dim)) if used > width else None

@@ -37,6 +37,8 @@ from torch.nn import functional as F
 from megatron_gdn import initialization as init
 from megatron_gdn.documents import chunk_table_of
 from megatron_gdn.kernels import causal_conv1d, ssd
+from megatron_gdn.parallel.context import context_causal_conv1d, context_ssd, start_conv_halo
+from megatron_gdn.parallel.host import fragments_of
 from megatron_gdn.sections import check_mamba2, local_sizes, mamba2_sections
 from megatron_gdn.sharded_sections import split_on_disk
 
@@ -176,13 +178,14 @@ class Mamba2(MegatronModule):
             mamba_state_dim, linear_conv_kernel_dim, layernorm_epsilon.
         submodules: the linear layers.
         layer_number: global number of the layer, from 1; part of the names that seed the initial weights.
-        pg_collection: process groups; reads `tp`.
+        pg_collection: process groups; reads `tp` and `cp`.
         scale_out_proj: draw out_proj with the host's `output_layer_init_method`; False: with `init_method`.
         A_init_range: range of A at the start; Mamba2 draws A ~ U(1, 16).
+        state_exchange: between context-parallel ranks, "all_gather" or "scan", see `megatron_gdn.parallel.state`.
         backend: kernel backend: "auto", "torch" or "triton".
 
     Raises:
-        ValueError: heads or groups that do not fit together or the number of ranks; context parallelism.
+        ValueError: heads or groups that do not fit together or the number of ranks.
     """
 
     def __init__(
@@ -194,6 +197,7 @@ class Mamba2(MegatronModule):
         *,
         scale_out_proj: bool = True,
         A_init_range: tuple[float, float] = (1.0, 16.0),
+        state_exchange: str = "all_gather",
         backend: str = "auto",
         **host_kwargs,
     ):
@@ -202,12 +206,8 @@ class Mamba2(MegatronModule):
         self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
         self.tp_group = self.pg_collection.tp
         self.tp_rank, self.tp_size = self.tp_group.rank(), self.tp_group.size()
+        self.cp_group, self.state_exchange = self.pg_collection.cp, state_exchange
         check_mamba2(config, self.tp_size)
-        if config.context_parallel_size > 1:
-            raise ValueError(
-                f"context_parallel_size ({config.context_parallel_size}) must be 1 for Mamba2: "
-                "use tensor and sequence parallelism for long sequences."
-            )
         self.layer_number = layer_number
         self.observer = None
         """Called with tensors of the next forward pass, see megatron_gdn/training/health.py."""
@@ -336,45 +336,41 @@ class Mamba2(MegatronModule):
             attention_mask: ignored, the mixer is causal.
             inference_context: must be None.
             packed_seq_params: documents packed along s with b = 1, see `chunk_table_of`. State and convolution restart
-                at each document.
+                at each document. Under context parallelism `FragmentParams`, or None for Megatron's zigzag batches.
             host_kwargs: rotary embeddings and the like, which the mixer has no use for.
 
         Returns:
             `[s, b, h]` as it came in, and the bias of `out_proj`, None.
 
         Raises:
-            ValueError: an inference context.
+            ValueError: an inference context; see `megatron_gdn.parallel.host.fragments_of`.
         """
         if inference_context is not None:
             raise ValueError(
                 f"inference_context ({type(inference_context).__name__}) must be None: "
                 "Mamba2 has no cached decoding under Megatron; run the whole sequence."
             )
-        documents = chunk_table_of(packed_seq_params, device=hidden_states.device)
         mixed, _ = self.in_proj(hidden_states)  # [s, b, z + x + B + C] of this rank
-        steps, _ = self.in_proj_dt(hidden_states)  # [s, b, H]
         z, xBC = mixed.transpose(0, 1).split([self._local_rows("norm"), self._local_rows("conv1d")], dim=-1)
-        xBC, _ = causal_conv1d(
-            xBC,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            activation="silu",
-            cu_seqlens=documents,
-            backend=self.backend,
-        )
-        x, B, C = self._split(xBC)
+        fragments = fragments_of(packed_seq_params, xBC.shape[1], self.cp_group, device=xBC.device)
+        documents = halo = None
+        if fragments is not None:
+            halo = start_conv_halo(xBC, self.config.linear_conv_kernel_dim, fragments)
+        else:
+            documents = chunk_table_of(packed_seq_params, device=hidden_states.device)
+        steps, _ = self.in_proj_dt(hidden_states)  # [s, b, H], while rows of other ranks arrive
         dt, A = F.softplus(steps.transpose(0, 1).float() + self.dt_bias), -self.A_log.exp()
-        y, state = ssd(
-            x,
-            dt=dt,
-            A=A,
-            B=B,
-            C=C,
-            D=self.D,
-            output_final_state=self.observer is not None,
-            cu_seqlens=documents,
-            backend=self.backend,
-        )
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        if fragments is not None:
+            xBC = context_causal_conv1d(xBC, weight, bias, fragments=fragments, halo=halo, backend=self.backend)
+        else:
+            xBC, _ = causal_conv1d(xBC, weight, bias, activation="silu", cu_seqlens=documents, backend=self.backend)
+        x, B, C = self._split(xBC)
+        model = dict(dt=dt, A=A, B=B, C=C, D=self.D, backend=self.backend)
+        if fragments is not None:
+            y, state = context_ssd(x, fragments=fragments, state_exchange=self.state_exchange, **model)
+        else:
+            y, state = ssd(x, output_final_state=self.observer is not None, cu_seqlens=documents, **model)
         if self.observer is not None:
             own = self.sections["in_proj_dt"][0].local_heads(self.tp_rank, self.tp_size)
             gate = z[..., : own * self.head_dim]

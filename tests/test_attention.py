@@ -386,7 +386,6 @@ def build(overrides, options):
         (dict(attention_output_gate=True), dict(), "attention_output_gate (True) must not be set for all layers"),
         (dict(qk_layernorm=True), dict(), "qk_layernorm (True) must not be set for all layers: give this one qk_norm="),
         (dict(qk_l2_norm=True), dict(), "qk_l2_norm (True) must not be set for all layers"),
-        (dict(context_parallel_size=2), dict(), "context_parallel_size (2) must be 1 with attention backend 'torch'"),
         (
             dict(attention_dropout=0.1),
             dict(),

@@ -320,7 +320,6 @@ def build_with(**overrides):
     "tp, overrides, message",
     [
         (1, dict(linear_num_value_heads=6), r"linear_num_value_heads \(6\) must be divisible by linear_num_key_heads"),
-        (1, dict(context_parallel_size=2), r"context_parallel_size \(2\) must be 1"),
     ],
 )
 def test_wrong_heads_are_refused(tp, overrides, message):

@@ -429,7 +429,6 @@ def run_with_inference_context():
             dict(mamba_state_dim=13),
             r"mamba_state_dim \(13\) must be divisible by the 2 tensor-parallel ranks that share a group: use 12",
         ),
-        (1, dict(context_parallel_size=2), r"context_parallel_size \(2\) must be 1"),
     ],
 )
 def test_wrong_shapes_are_refused(tp, overrides, message):

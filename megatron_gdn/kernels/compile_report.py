@@ -20,6 +20,7 @@ from pathlib import Path
 MODULES = (
     "gated_delta_rule.prepare",
     "gated_delta_rule.state",
+    "gated_delta_rule.stretch_triton",
     "gated_delta_rule.output",
     "gated_delta_rule.backward_state",
     "gated_delta_rule.backward_inputs",

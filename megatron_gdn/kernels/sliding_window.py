@@ -5,6 +5,8 @@
     dv_j = sum_i p_ij do_i        dp_ij = do_i . v_j        ds_ij = p_ij (dp_ij - sum_l p_il dp_il)
     dq_i = scale sum_j ds_ij k_j        dk_j = scale sum_i ds_ij q_i
 
+There may be more keys than queries: the queries are then those of the last tokens, and i runs over their places.
+
 `first` never falls, so a block of rows sees one stretch of keys, [first of its first row, its last row], and documents
 need nothing else: they are stretches where `first` waits. The backward pass computes p again, block by block; what is
 saved are q, k, v and `first`. The scores of a block are its rows times its keys, linear in T even without a window.
@@ -47,15 +49,16 @@ def sliding_window_attention_ref(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Full scores with a T x T mask in plain torch; arguments as `sliding_window_attention`."""
-    T, repeats, dtype = q.shape[1], q.shape[2] // k.shape[2], accumulate_dtype(q.dtype)
+    S, repeats, dtype = k.shape[1], q.shape[2] // k.shape[2], accumulate_dtype(q.dtype)
     k, v = (x.to(dtype).repeat_interleave(repeats, dim=2) for x in (k, v))
-    i, j = torch.arange(T)[:, None], torch.arange(T)[None, :]
+    i, j = torch.arange(S)[:, None], torch.arange(S)[None, :]
     visible = j <= i
     if window is not None:
         visible &= i - j < window
     if cu_seqlens is not None:
-        document = torch.searchsorted(cu_seqlens, torch.arange(T), right=True)
+        document = torch.searchsorted(cu_seqlens, torch.arange(S), right=True)
         visible &= document[:, None] == document[None, :]
+    visible = visible[S - q.shape[1] :]
     scores = torch.einsum("bihd,bjhd->bhij", q.to(dtype), k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     p = scores.masked_fill(~visible.to(q.device), -math.inf).softmax(-1)
     return torch.einsum("bhij,bjhd->bihd", p, v).to(q.dtype)
@@ -85,6 +88,7 @@ def scored_pairs(length: int, window: int | None, heads: int) -> int:
 class _Block(NamedTuple):
     """Neighbouring query rows and the keys that they see; every row sees the keys before `inner` or hides some.
 
+    keys: up to that of the last row.
     inner: the first key that the last row sees: before it, some rows see a key and others do not.
     """
 
@@ -93,18 +97,19 @@ class _Block(NamedTuple):
     inner: int
 
 
-def _blocks(first: Tensor, heads: int) -> Iterator[_Block]:
+def _blocks(first: Tensor, num_keys: int, heads: int) -> Iterator[_Block]:
     """All rows in blocks of so many that their scores, over `heads`, fit the budget or the block is smallest."""
     T = len(first)
     if T == 0:
         return
-    widest = int((torch.arange(T) - first).max()) + 1
+    before = num_keys - T
+    widest = int((torch.arange(T) + before - first).max()) + 1
     smallest, size = _BLOCK_ROWS
     while size > smallest and heads * size * (size + widest) > _BLOCK_SCORES:
         size //= 2
     for start, low in zip(range(0, T, size), first[::size].tolist(), strict=True):
         stop = min(start + size, T)
-        yield _Block(slice(start, stop), slice(low, stop), int(first[stop - 1]))
+        yield _Block(slice(start, stop), slice(low, stop + before), int(first[stop - 1]))
 
 
 def _query_rows(x: Tensor, rows: slice, groups: int) -> Tensor:
@@ -127,11 +132,10 @@ def _write_query_rows(out: Tensor, rows: slice, groups: int, block: Tensor) -> N
 def _probabilities(q: Tensor, k: Tensor, first: Tensor, block: _Block) -> Tensor:
     """Softmax over the visible keys, `[B G, H/G rows, keys]`, of scaled `_query_rows` and `_key_rows`."""
     scores = torch.bmm(q, k.transpose(1, 2))
-    rows, low = block.rows, block.keys.start
-    per_head = scores.unflatten(1, (-1, rows.stop - rows.start))  # [B G, H/G, rows, keys], a view
-    i = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
-    after = torch.arange(rows.start, rows.stop, device=q.device) > i
-    per_head[..., rows.start - low :].masked_fill_(after, -math.inf)
+    rows, low, num_rows = block.rows, block.keys.start, block.rows.stop - block.rows.start
+    per_head = scores.unflatten(1, (-1, num_rows))  # [B G, H/G, rows, keys], a view
+    i = torch.arange(num_rows, device=q.device)
+    per_head[..., -num_rows:].masked_fill_(i > i[:, None], -math.inf)
     if block.inner > low:
         before = torch.arange(low, block.inner, device=q.device) < first[rows, None]
         per_head[..., : block.inner - low].masked_fill_(before, -math.inf)
@@ -145,7 +149,7 @@ class _BandedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, first, scale):
         groups, bounds = k.shape[2], first.to(q.device)
         o = q.new_empty(*q.shape[:3], v.shape[-1])
-        for block in _blocks(first, q.shape[0] * q.shape[2]):
+        for block in _blocks(first, k.shape[1], q.shape[0] * q.shape[2]):
             b_q = _query_rows(q, block.rows, groups) * scale
             p = _probabilities(b_q, _key_rows(k, block.keys), bounds, block)
             _write_query_rows(o, block.rows, groups, torch.bmm(p, _key_rows(v, block.keys)))
@@ -161,7 +165,7 @@ class _BandedAttention(torch.autograd.Function):
         dq = torch.empty_like(q)
         # Blocks overlap in their keys, so these are sums: [B G, T, D].
         dk, dv = (x.new_zeros(x.shape[0] * groups, x.shape[1], x.shape[3], dtype=dtype) for x in (k, v))
-        for block in _blocks(first, q.shape[0] * q.shape[2]):
+        for block in _blocks(first, k.shape[1], q.shape[0] * q.shape[2]):
             b_q, b_do = (_query_rows(x, block.rows, groups) for x in (q, do))
             b_q = b_q * ctx.scale
             b_k, b_v = (_key_rows(x, block.keys) for x in (k, v))
@@ -180,9 +184,11 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float,
     options = dict(softmax_scale=scale, causal=True, window_size=(-1, -1) if window is None else (window - 1, 0))
     if lengths is None:
         return flash_attn.flash_attn_func(q, k, v, **options)
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(q.device, torch.int32, non_blocking=True)
-    longest = max(lengths)
-    return flash_attn.flash_attn_varlen_func(q[0], k[0], v[0], bounds, bounds, longest, longest, **options)[None]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    of_queries = (bounds - (k.shape[1] - q.shape[1])).clamp(min=0)
+    longest = int(of_queries.diff().max()), max(lengths)
+    of_queries, of_keys = (x.to(q.device, torch.int32, non_blocking=True) for x in (of_queries, bounds))
+    return flash_attn.flash_attn_varlen_func(q[0], k[0], v[0], of_queries, of_keys, *longest, **options)[None]
 
 
 @functools.cache
@@ -194,16 +200,17 @@ def _compiled_flex():
 
 # The mask depends on shape, window and documents alone; a run with packed batches sees new documents at every step.
 @functools.lru_cache(maxsize=8)
-def flex_block_mask(lengths: tuple[int, ...], window: int | None, device: torch.device):
-    """torch's BlockMask of packed documents, made from `first_visible` without a T x T mask."""
+def flex_block_mask(lengths: tuple[int, ...], num_queries: int, window: int | None, device: torch.device):
+    """torch's BlockMask of packed documents, made from `first_visible` without a mask of all pairs."""
     from torch.nn.attention.flex_attention import BlockMask
 
     first, size = first_visible(list(lengths), window), _FLEX_BLOCK
-    T = len(first)
-    last_row = torch.arange(size - 1, T + size - 1, size).clamp(max=T - 1)
-    row_block, key_block = torch.arange(len(last_row))[:, None], torch.arange(len(last_row))[None, :]
-    visible = (key_block <= row_block) & (key_block >= first[::size, None] // size)
-    whole = (key_block < row_block) & (key_block * size >= first[last_row, None])
+    S, T = len(first), num_queries
+    before, first = S - T, first[S - T :]
+    last_row = torch.arange(size - 1, T + size - 1, size).clamp(max=T - 1)[:, None]
+    first_row, key_block = torch.arange(0, T, size)[:, None], torch.arange(-(-S // size))[None, :]
+    visible = (key_block <= (last_row + before) // size) & (key_block >= first[first_row] // size)
+    whole = (key_block * size + size - 1 <= first_row + before) & (key_block * size >= first[last_row])
     tables = []
     for blocks in (visible & ~whole, whole):
         order = blocks.int().argsort(dim=-1, descending=True, stable=True)
@@ -212,21 +219,22 @@ def flex_block_mask(lengths: tuple[int, ...], window: int | None, device: torch.
     bounds = first.to(device)
 
     def mask(batch, head, i, j):
-        return (j <= i) & (j >= bounds[i])
+        return (j <= i + before) & (j >= bounds[i])
 
-    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=size, mask_mod=mask, seq_lengths=(T, T))
+    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=size, mask_mod=mask, seq_lengths=(T, S))
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float, lengths: list[int] | None) -> Tensor:
     """torch.nn.attention.flex_attention, compiled."""
-    mask = flex_block_mask(tuple(lengths or [q.shape[1]]), window, q.device)
+    mask = flex_block_mask(tuple(lengths or [k.shape[1]]), q.shape[1], window, q.device)
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     o = _compiled_flex()(*heads_first, block_mask=mask, scale=scale, enable_gqa=q.shape[2] != k.shape[2])
     return o.transpose(1, 2)
 
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float, lengths: list[int] | None) -> Tensor:
-    return _BandedAttention.apply(q, k, v, first_visible(lengths or [q.shape[1]], window), scale)
+    first = first_visible(lengths or [k.shape[1]], window)[k.shape[1] - q.shape[1] :]
+    return _BandedAttention.apply(q, k, v, first, scale)
 
 
 def _installed(name: str) -> bool:
@@ -318,12 +326,13 @@ def sliding_window_attention(
 
     Args:
         q: `[B, T, H, K]`, any float dtype and strides; the torch backend computes in float32, float64 in float64.
-        k: `[B, T, G, K]`; H must be a multiple of G, and query heads h H/G to (h + 1) H/G - 1 read key head h.
-        v: `[B, T, G, V]`.
+        k: `[B, S, G, K]`, S >= T: the queries are those of the last T tokens. H must be a multiple of G, and query
+            heads h H/G to (h + 1) H/G - 1 read key head h.
+        v: `[B, S, G, V]`.
         window: tokens; None: all tokens of the document. fla counts alike; Megatron's window_size is (window - 1, 0).
         scale: multiplies q . k; None: K ** -0.5.
-        cu_seqlens: bounds of the documents packed in B = 1, or their table; None: B sequences. Reading bounds waits
-            for their device.
+        cu_seqlens: bounds of the documents packed in B = 1, or their table, over the S keys; None: B sequences. Reading
+            bounds waits for their device.
         backend: "auto", "torch", "flash" or "flex", see `resolve_attention_backend`.
 
     Returns:
@@ -334,7 +343,14 @@ def sliding_window_attention(
         MissingPackageError: the backend's package is missing.
     """
     _check(q, k, v, window)
-    lengths = None if cu_seqlens is None else table_of_batch(q, cu_seqlens).lengths
+    lengths = None if cu_seqlens is None else table_of_batch(k, cu_seqlens).lengths
+    return attention_of_lengths(q, k, v, window=window, scale=scale, lengths=lengths, backend=backend)
+
+
+def attention_of_lengths(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float | None, lengths: list[int] | None, backend: str
+) -> Tensor:
+    """`sliding_window_attention` of checked inputs, with lengths of the packed documents instead of their bounds."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     head_dims = (q.shape[-1], v.shape[-1])
     chosen = resolve_attention_backend(backend, q.device.type, dtype=q.dtype, head_dims=head_dims, te=False)
@@ -344,9 +360,11 @@ def sliding_window_attention(
 
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> None:
     shapes = {name: list(x.shape) for name, x in (("q", q), ("k", k), ("v", v))}
-    if any(len(shape) != 4 for shape in shapes.values()) or not q.shape[:2] == k.shape[:2] == v.shape[:2]:
+    if any(len(shape) != 4 for shape in shapes.values()) or k.shape[:2] != v.shape[:2] or len(q) != len(k):
+        raise ValueError(f"q, k, v ({shapes}) must be [B, tokens, heads, size] with one B, and as many v as k.")
+    if q.shape[1] > k.shape[1]:
         raise ValueError(
-            f"q, k, v ({shapes}) must be [B, T, heads, size] with one B and T: a token attends to its own."
+            f"q ({q.shape[1]} tokens) must not have more tokens than k ({k.shape[1]}): a token attends to itself."
         )
     if k.shape[2] != v.shape[2] or k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(

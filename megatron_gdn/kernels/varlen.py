@@ -34,7 +34,7 @@ class ChunkTable:
     """Chunks of sequences whose tokens lie one after the other; build it with `prepare_chunk_table`.
 
     lengths: tokens of each of the N sequences.
-    bounds: `[N + 1]` int64, where each sequence starts and ends.
+    bounds: `[N + 1]` int64, where each sequence starts and ends. None in a selection, whose sequences lie apart.
     order: `[N]` int64, sequences by falling number of chunks.
     num_active: number of sequences that have a chunk at each step.
     tokens: `[num_tokens]` int64, tokens in the order of the rows that hold them. None where all sequences have one
@@ -51,7 +51,7 @@ class ChunkTable:
     """
 
     lengths: list[int]
-    bounds: Tensor
+    bounds: Tensor | None
     order: Tensor
     num_active: list[int]
     tokens: Tensor | None
@@ -142,6 +142,14 @@ class ChunkTable:
         found = chunks.to(x.dtype).flatten(0, 1)
         x.index_copy_(0, tokens, found if rows is None else found.index_select(0, rows))
 
+    def select(self, sequences: list[int]) -> "ChunkTable":
+        """The table of some sequences, in the given order; their tokens stay where they are in the batch."""
+        if sequences == list(range(len(self.lengths))):
+            return self
+        lengths = torch.tensor(self.lengths)
+        starts = lengths.cumsum(0) - lengths
+        return _build(lengths[sequences], starts[sequences], self.order.device)
+
     def document_of_tokens(self) -> Tensor:
         """`[num_tokens]` int64, the sequence of each token."""
         numbers = torch.arange(len(self.lengths), device=self.bounds.device)
@@ -174,7 +182,12 @@ def prepare_chunk_table(cu_seqlens: Tensor, *, device: torch.device | str | None
 
 
 def _build(lengths: Tensor, bounds: Tensor, device: torch.device) -> ChunkTable:
-    """The table of sequences with the given lengths `[N]` and bounds `[N + 1]`, both int64 on the CPU."""
+    """The table of sequences with the given lengths `[N]`, both int64 on the CPU.
+
+    Args:
+        bounds: where they start and the last one ends, `[N + 1]`; or only where they start, `[N]`, for a selection.
+    """
+    selection = len(bounds) == len(lengths)
     num_chunks = (lengths + CHUNK_SIZE - 1) // CHUNK_SIZE
     order = num_chunks.argsort(descending=True, stable=True)
     num_steps = int(num_chunks.max())
@@ -182,7 +195,7 @@ def _build(lengths: Tensor, bounds: Tensor, device: torch.device) -> ChunkTable:
     num_active = len(lengths) - ended
     total = int(num_active.sum())
     first, tokens, rows = torch.arange(total + 1) * CHUNK_SIZE, None, None
-    if int(lengths.min()) != int(lengths.max()) or int(lengths[0]) % CHUNK_SIZE:
+    if selection or int(lengths.min()) != int(lengths.max()) or int(lengths[0]) % CHUNK_SIZE:
         step = torch.arange(num_steps).repeat_interleave(num_active)
         position = torch.arange(total) - (num_active.cumsum(0) - num_active)[step]
         sequence = order[position]
@@ -194,12 +207,13 @@ def _build(lengths: Tensor, bounds: Tensor, device: torch.device) -> ChunkTable:
     first_chunk = torch.cat([num_chunks.new_zeros(1), num_chunks.cumsum(0)])
     chunk_sequence = torch.arange(len(lengths)).repeat_interleave(num_chunks)
     start = bounds[chunk_sequence] + (torch.arange(total) - first_chunk[chunk_sequence]) * CHUNK_SIZE
-    chunk_bounds = torch.stack([start, torch.minimum(start + CHUNK_SIZE, bounds[chunk_sequence + 1])], 1)
+    ends = (bounds[: len(lengths)] + lengths)[chunk_sequence]
+    chunk_bounds = torch.stack([start, torch.minimum(start + CHUNK_SIZE, ends)], 1)
     by_sequence = dict(first_chunk=first_chunk, chunk_bounds=chunk_bounds, chunk_sequence=chunk_sequence)
     return ChunkTable(
         **{name: x.to(torch.int32).to(device, non_blocking=True) for name, x in by_sequence.items()},
         lengths=lengths.tolist(),
-        bounds=bounds.to(device, non_blocking=True),
+        bounds=None if selection else bounds.to(device, non_blocking=True),
         order=order.to(device, non_blocking=True),
         num_active=num_active.tolist(),
         tokens=tokens if tokens is None else tokens.to(device, non_blocking=True),

@@ -36,7 +36,7 @@ def check_fragments(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout ({layout}) must be 'contiguous' or 'zigzag': Megatron's batches are zigzag.")
-    count = LAYOUTS[layout] * size
+    count = _num_fragments(layout, size)
     if num_tokens < 1 or num_tokens % count:
         raise ValueError(
             f"sequence length ({num_tokens}) must be a positive multiple of the {count} fragments of {size} "
@@ -58,12 +58,17 @@ def check_fragments(
         )
 
 
+def _num_fragments(layout: str, size: int) -> int:
+    """Of all ranks; one rank does not cut its sequence."""
+    return 1 if size == 1 else LAYOUTS[layout] * size
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Fragments:
     """The fragments of one batch as a rank sees them; build it with `prepare_fragments`.
 
     num_tokens: T of the whole sequence.
-    layout: "contiguous" or "zigzag".
+    layout: "contiguous" or "zigzag"; with one rank contiguous.
     rank, size: in the context-parallel group.
     group: that group; None with one rank.
     bounds: where documents start, and T at the end; no document is empty. [0, T] without packing.
@@ -91,7 +96,7 @@ class Fragments:
     @property
     def num_fragments(self) -> int:
         """Of all ranks."""
-        return LAYOUTS[self.layout] * self.size
+        return _num_fragments(self.layout, self.size)
 
     @property
     def length(self) -> int:
@@ -154,6 +159,12 @@ class Fragments:
         """Whether any document lies in two fragments, so that ranks have something to exchange."""
         return any(self.passes_on(fragment) for fragment in range(self.num_fragments))
 
+    def piece_lengths(self, place: int) -> list[int] | None:
+        """Tokens of the pieces of the owned fragment at a place; None without packing."""
+        if not self.packed:
+            return None
+        return self.table.lengths[self.first_piece[place] : self.last_piece[place] + 1]
+
     def local(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's tokens of a global tensor (tokens, labels, loss masks, activations).
 
@@ -190,6 +201,16 @@ class Fragments:
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return self.join(parts, dim)
+
+    def reorder(self, x: Tensor, *, inverse: bool = False) -> Tensor:
+        """All T tokens, in dimension 0, from the order of the ranks into that of the sequence, or back."""
+        order = self.gathered_order
+        if order == sorted(order):
+            return x
+        if inverse:
+            order = [fragment for rank in range(self.size) for fragment in self.owned_by(rank)]
+        parts = x.split(self.length)
+        return torch.cat([parts[place] for place in order])
 
     def fold(self, x: Tensor) -> Tensor:
         """A local batch as the kernels take it: `[1, T / R, ...]` when packed, else `[b fragments, length, ...]`."""
@@ -238,6 +259,7 @@ def prepare_fragments(
         rank, size = group.rank(), group.size()
     rank, size = rank or 0, size or 1
     check_fragments(num_tokens, layout=layout, size=size)
+    layout = "contiguous" if size == 1 else layout
     if device is None:
         device = "cpu" if cu_seqlens is None else cu_seqlens.device
     bounds = [0, num_tokens]

@@ -35,7 +35,7 @@ class FragmentParams(PackedSeqParams):
 def fragments_of(
     packed_seq_params: PackedSeqParams | None,
     num_local_tokens: int,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
     *,
     device: torch.device,
 ) -> Fragments | None:
@@ -44,7 +44,7 @@ def fragments_of(
     Args:
         packed_seq_params: as the layer got it.
         num_local_tokens: of this context-parallel rank.
-        group: context-parallel group of the layer.
+        group: context-parallel group of the layer; None: one rank.
         device: where the layer runs.
 
     Returns:
@@ -53,20 +53,21 @@ def fragments_of(
     Raises:
         ValueError: Megatron's packed documents under context parallelism; fragments of another number of ranks.
     """
+    size = 1 if group is None else group.size()
     if isinstance(packed_seq_params, FragmentParams):
         fragments = packed_seq_params.fragments
-        if fragments.size != group.size():
+        if fragments.size != size:
             raise ValueError(
-                f"fragments (of {fragments.size} ranks) must be of the context-parallel group ({group.size()} ranks): "
+                f"fragments (of {fragments.size} ranks) must be of the context-parallel group ({size} ranks): "
                 "build them with prepare_fragments(..., group=parallel_state.get_context_parallel_group())."
             )
         return fragments
-    if group.size() == 1:
+    if size == 1:
         return None
     if packed_seq_params is not None:
         raise ValueError(
             f"packed_seq_params (qkv_format {packed_seq_params.qkv_format}) must be None or FragmentParams with "
-            f"context_parallel_size {group.size()}: Megatron cuts each packed document by itself; pass "
+            f"context_parallel_size {size}: Megatron cuts each packed document by itself; pass "
             "FragmentParams.of(prepare_fragments(..., cu_seqlens=...)) and cut the batch with Fragments.local."
         )
-    return prepare_fragments(num_local_tokens * group.size(), layout="zigzag", group=group, device=device)
+    return prepare_fragments(num_local_tokens * size, layout="zigzag", group=group, device=device)

@@ -101,6 +101,22 @@ def test_packed_equals_document_by_document(small_blocks, lengths, window, with_
     assert_same(ours, results(alone, tensors, window=window))
 
 
+@pytest.mark.parametrize("queries", [1, 17, 30])
+@pytest.mark.parametrize("window, lengths", [(None, None), (7, None), (7, (2, 21, 10)), (None, (20, 1, 12))])
+def test_fewer_queries_than_keys_are_those_of_the_last_tokens(small_blocks, queries, window, lengths):
+    tensors = inputs(1, 33, 4, 2, 8, 6)
+    options = dict(window=window, **_packed(lengths))
+
+    def last_rows(q, k, v):
+        whole = torch.cat([q.new_zeros(1, 33 - q.shape[1], *q.shape[2:]), q], 1)
+        return sliding_window_attention_ref(whole, k, v, **options)[:, 33 - q.shape[1] :]
+
+    tensors["q"] = tensors["q"][:, 33 - queries :]
+    reference = results(last_rows, tensors)
+    for function in (sliding_window_attention, sliding_window_attention_ref):
+        assert_same(results(function, tensors, **options), reference)
+
+
 def test_nothing_leaks_from_other_documents_and_later_tokens(small_blocks):
     tensors = inputs(1, 30, 2, 1, 8, 8)
     changed = {name: x.clone() for name, x in tensors.items()}
@@ -196,35 +212,39 @@ def test_memory_and_work_are_linear(packed):
 # ---- packages ----
 
 
+@pytest.mark.parametrize("queries", [400, 200])
 @pytest.mark.parametrize("window, lengths", [(None, None), (300, None), (50, (0, 130, 1, 200, 0, 69))])
-def test_flex_equals_masked_attention(monkeypatch, window, lengths):
+def test_flex_equals_masked_attention(monkeypatch, window, lengths, queries):
     """torch's eager flex_attention reads the mask's rule; the table of blocks is compared with the dense mask."""
     from torch.nn.attention.flex_attention import flex_attention
 
     monkeypatch.setattr(sliding_window, "_compiled_flex", lambda: flex_attention)
     T = 400
     tensors = inputs(1, T, 4, 2, 16, 16)
+    tensors["q"] = tensors["q"][:, T - queries :]
     ours = sliding_window._flex(**tensors, window=window, scale=0.25, lengths=lengths)  # on a CPU forward only
     assert rms_error(ours, sliding_window_attention_ref(**tensors, window=window, **_packed(lengths))) <= FORWARD
-    blocks = sliding_window.flex_block_mask(tuple(lengths or [T]), window, torch.device("cpu"))
-    eye = dict(q=torch.ones(1, T, 1, 1), k=torch.ones(1, T, 1, 1), v=torch.eye(T)[None, :, None])
+    blocks = sliding_window.flex_block_mask(tuple(lengths or [T]), queries, window, torch.device("cpu"))
+    eye = dict(q=torch.ones(1, queries, 1, 1), k=torch.ones(1, T, 1, 1), v=torch.eye(T)[None, :, None])
     seen = sliding_window_attention_ref(**eye, window=window, **_packed(lengths))[0, :, 0] > 0
-    dense = F.pad(seen, (0, 112, 0, 112)).unflatten(1, (4, 128)).unflatten(0, (4, 128))
+    rows_of_blocks = -(-queries // 128)
+    dense = F.pad(seen, (0, 112, 0, rows_of_blocks * 128 - queries)).unflatten(1, (4, 128)).unflatten(0, (-1, 128))
     assert torch.equal(blocks.to_dense()[0, 0].bool(), dense.any(3).any(1))
     count, order = blocks.full_kv_num_blocks[0, 0], blocks.full_kv_indices[0, 0]
-    for row in range(4):
+    for row in range(rows_of_blocks):
         for column in order[row, : count[row]].tolist():
-            rows = slice(row * 128, min(row * 128 + 128, T))
+            rows = slice(row * 128, min(row * 128 + 128, queries))
             assert seen[rows, column * 128 : column * 128 + 128].all()
-        assert count[row] == sum(bool(dense[row, :, column].all()) for column in range(4)) or row == 3
+        assert count[row] == sum(bool(dense[row, :, column].all()) for column in range(4)) or row == rows_of_blocks - 1
 
 
 def _packed(lengths):
     return {} if lengths is None else dict(cu_seqlens=bounds(*lengths))
 
 
+@pytest.mark.parametrize("queries", [37, 15])
 @pytest.mark.parametrize("window, lengths", [(None, None), (7, None), (7, (3, 0, 30, 4))])
-def test_flash_gets_its_own_window_and_bounds(monkeypatch, window, lengths):
+def test_flash_gets_its_own_window_and_bounds(monkeypatch, window, lengths, queries):
     """A fake of the package with its documented meanings: window_size counts tokens before, -1 is all."""
 
     def of_window(size):
@@ -236,13 +256,17 @@ def test_flash_gets_its_own_window_and_bounds(monkeypatch, window, lengths):
         return sliding_window_attention_ref(q, k, v, window=of_window(window_size), scale=softmax_scale)
 
     def varlen(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, softmax_scale, causal, window_size):
-        assert causal and longest_q == longest_k == 30 and bounds_q.dtype == torch.int32
-        options = dict(window=of_window(window_size), scale=softmax_scale, cu_seqlens=bounds_q)
-        return sliding_window_attention_ref(q[None], k[None], v[None], **options)[0]
+        assert causal and longest_k == 30 and bounds_q.dtype == bounds_k.dtype == torch.int32
+        assert longest_q == bounds_q.diff().max() and bounds_q[-1] == len(q) and bounds_k[-1] == len(k)
+        options = dict(window=of_window(window_size), scale=softmax_scale)
+        parts = (x.split(edges.diff().tolist()) for x, edges in ((q, bounds_q), (k, bounds_k), (v, bounds_k)))
+        documents = [[x[None] for x in part] for part in zip(*parts, strict=True)]
+        return torch.cat([sliding_window_attention_ref(*part, **options)[0] for part in documents])
 
     fake = types.SimpleNamespace(flash_attn_func=dense, flash_attn_varlen_func=varlen)
     monkeypatch.setitem(sys.modules, "flash_attn", fake)
     tensors = inputs(1, 37, 4, 2, 8, 8)
+    tensors["q"] = tensors["q"][:, -queries:]
     expected = sliding_window_attention_ref(**tensors, window=window, scale=0.25, **_packed(lengths))
     ours = sliding_window._flash(*tensors.values(), window=window, scale=0.25, lengths=lengths)
     assert rms_error(ours, expected) <= FORWARD
@@ -314,9 +338,10 @@ def test_wrong_backends(monkeypatch, arguments, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(q=(1, 9, 8)), r"q, k, v \(.*\) must be \[B, T, heads, size\] with one B and T"),
-        (dict(k=(1, 8, 2, 8)), r"must be \[B, T, heads, size\]"),
-        (dict(v=(2, 9, 2, 8)), r"must be \[B, T, heads, size\]"),
+        (dict(q=(1, 9, 8)), r"q, k, v \(.*\) must be \[B, tokens, heads, size\] with one B"),
+        (dict(k=(1, 8, 2, 8)), r"must be \[B, tokens, heads, size\] with one B, and as many v as k"),
+        (dict(v=(2, 9, 2, 8)), r"must be \[B, tokens, heads, size\]"),
+        (dict(k=(1, 8, 2, 8), v=(1, 8, 2, 8)), r"q \(9 tokens\) must not have more tokens than k \(8\)"),
         (dict(q=(1, 9, 3, 8)), r"heads of q, k, v \(3, 2, 2\) must be a multiple of those of k"),
         (dict(v=(1, 9, 4, 8)), r"heads of q, k, v \(4, 2, 4\)"),
         (dict(k=(1, 9, 2, 6)), r"k \(head size 6\) must have the head size of q \(8\)"),

@@ -77,6 +77,7 @@ TABLE["state"] = {
     arch: [((256, 512), Config(num_warps=4, num_stages=2, block=(("BV", 32),)))] for arch in ARCHITECTURES
 }
 TABLE["state float32"] = TABLE["state"]
+TABLE["affine_map"] = TABLE["affine_map float32"] = TABLE["state"]
 TABLE["output"] = {
     arch: [((256, 512), Config(num_warps=4, num_stages=2, block=(("BK", 64), ("BV", 64))))] for arch in ARCHITECTURES
 }
