@@ -61,7 +61,7 @@ def test_fragments_of_many_chunks(layout):
 def test_triton_equals_one_rank(layout):
     # float32 in the interpreter, as the kernels' own tests.
     options = dict(dtype=torch.float32, backend="triton")
-    cases = [((name, T, layout, [0, 6, 30, T]), options) for name in ("gated delta", "conv")]
+    cases = [((name, T, layout, [0, 6, 30, T]), options) for name in ("gated delta", "conv", "mamba")]
     assert_small(2, cases, 1e-5)
 
 
