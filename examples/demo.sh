@@ -31,5 +31,6 @@ python examples/demo_report.py --config "$out/config.yaml"
 echo "== Hugging Face folder, and text"
 python -m tools.convert.megatron_to_hf --checkpoint "$out" --output "$out/hf" --format qwen3_5_text \
     --tokenizer "$out/data/tokenizer"
+python -m tools.convert.verify "$out" "$out/hf" # transformers loads it, and its logits are ours
 python examples/generate.py --checkpoint "$out" --tokenizer "$out/data/tokenizer" --prompt "The server" \
     --max-new-tokens 40

@@ -302,6 +302,18 @@ def test_bias_of_beta_is_refused_unless_zero(lit_gpt, tmp_path, capsys):
     assert_equal(ours, weights(tmp_path / "ours"))
 
 
+def test_recipe_of_another_model_is_refused(lit_gpt, tmp_path, capsys):
+    save, *_ = lit_gpt
+    command = [*save(), "--output", str(tmp_path / "ours")]
+    for name, reason in (("h2_0.4b", "no Mamba2 layers"), ("qwen3_next_style", "sliding windows only")):
+        command[3] = f"examples/recipes/{name}.yaml"
+        assert lit_gpt_to_megatron.main(command) == 1
+        assert reason in capsys.readouterr().err
+    command[3] = "examples/recipes/h1_0.4b.yaml"
+    assert lit_gpt_to_megatron.main(command) == 1
+    assert "the checkpoint lacks transformer.h.1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["gdn_0.4b", "gdn_1.3b", "h1_0.4b", "h1_1.3b"])
 def test_recipes_have_the_parameters_of_lit_gpts_models(name):
     """Published counts, less the bias of beta and D, which lit_gpt has in each Gated DeltaNet layer beside them."""

@@ -170,6 +170,7 @@ def test_full_disk(ours, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("tools.convert.conversion.free_bytes", lambda path: 10)
     assert exported(ours, tmp_path / "hf") == 1
     assert re.search(r"needs 0.\d MB and the disk has 0.0 MB", capsys.readouterr().err)
+    assert not (tmp_path / "hf.partial").exists()
     monkeypatch.undo()
 
     read, done = Progress.read, []
@@ -223,6 +224,23 @@ def test_killed_import_goes_on(ours, tmp_path, capsys, monkeypatch):
 def test_master_weights_need_an_optimizer(ours, tmp_path, capsys):
     assert exported(ours, tmp_path / "hf", "--weights", "master") == 1
     assert re.search(r"has no float32 weights of decoder.* in its optimizer", capsys.readouterr().err)
+
+
+def test_output_stays_until_another_is_whole(ours, tmp_path, capsys, monkeypatch):
+    """--overwrite of an import that fails; one that does not leaves no other steps beside the imported one."""
+    assert exported(ours, tmp_path / "hf") == 0
+    command = ["--hf", str(tmp_path / "hf"), "--output", str(ours)]
+    assert hf_to_megatron.main(command) == 1 and "is not empty" in capsys.readouterr().err
+
+    def fail(self, name):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Progress, "read", fail)
+    assert hf_to_megatron.main([*command, "--overwrite"]) == 1
+    assert (ours / "step_00000007" / "manifest.json").is_file()
+    monkeypatch.undo()
+    assert hf_to_megatron.main([*command, "--overwrite"]) == 0
+    assert sorted(path.name for path in ours.iterdir()) == ["step_00000000", "tokenizer"]
 
 
 def test_resume_of_another_conversion_is_refused(ours, tmp_path, capsys, monkeypatch):

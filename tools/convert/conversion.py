@@ -183,12 +183,20 @@ def print_plan(conversion: Conversion, output: Path) -> None:
     )
 
 
-def check_space(conversion: Conversion, output: Path, *, written: int = 0) -> None:
-    """Raise ConvertError when the disk has not the space for what is still to be written."""
-    needed, free = conversion.num_bytes - written, free_bytes(output)
+def check_space(conversion: Conversion, aside: Path, *, written: int) -> None:
+    """Raise ConvertError when the disk has not the space for what is still to be written.
+
+    Args:
+        conversion: what is to be written.
+        aside: folder that it is written to; removed on an error when nothing in it is whole.
+        written: bytes that are there already.
+    """
+    needed, free = conversion.num_bytes - written, free_bytes(aside)
     if needed > free:
+        if written == 0:
+            shutil.rmtree(aside)
         raise ConvertError(
-            f"{output} needs {needed / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB: free some, or name a folder "
+            f"{aside} needs {needed / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB: free some, or name a folder "
             "on another disk."
         )
 

@@ -21,6 +21,7 @@ from tools.convert.conversion import (
     check_output,
     check_space,
     print_plan,
+    replace_folder,
 )
 from tools.convert.errors import ConvertError
 from tools.convert.mapping import Table, check_complete, matching
@@ -100,7 +101,7 @@ class Import:
         self.left_out[output] = f"a copy of {embedding}"
 
     def writer(self, output: Path) -> CheckpointWriter:
-        """Of the checkpoint's folder below `output`."""
+        """Of the checkpoint's folder below a folder."""
         tensors, step = self.conversion.tensors, "step_00000000"
         common: dict[str, Any] = {}
         if self.target == "megatron_lm":
@@ -189,21 +190,23 @@ def run(found: Import, arguments: argparse.Namespace, tokenizer: Path | None) ->
     output, conversion = arguments.output, found.conversion
     for name, reason in found.left_out.items():
         print(f"left out: {name} ({reason})")
-    check_output(output, overwrite=arguments.overwrite or arguments.resume)
+    check_output(output, overwrite=arguments.overwrite)
     if arguments.dry_run:
         print_plan(conversion, output)
         return
-    if output.exists() and not arguments.resume:
-        shutil.rmtree(output)
-    writer = found.writer(output)
+    aside = output.with_name(output.name + ".partial")
+    if not arguments.resume:
+        shutil.rmtree(aside, ignore_errors=True)
+    writer = found.writer(aside)
     done = writer.begin(found.source.fingerprint, resume=arguments.resume)
-    check_space(conversion, output, written=done)
+    check_space(conversion, aside, written=done)
     with Progress(conversion, done=done) as progress:
         writer.write(lambda name: found.read(progress, name))
     if arguments.target == "megatron_lm":
-        (output / "latest_checkpointed_iteration.txt").write_text("release")
+        (aside / "latest_checkpointed_iteration.txt").write_text("release")
     if tokenizer is not None:
-        copy_tokenizer(tokenizer, output / "tokenizer", vocab_size=found.architecture.model.vocab_size)
+        copy_tokenizer(tokenizer, aside / "tokenizer", vocab_size=found.architecture.model.vocab_size)
+    replace_folder(aside, output)
 
 
 def report(found: Import, arguments: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_gdn.config import ConfigError, load_config
 from megatron_gdn.training.restricted import UnsafeCheckpointError
+from tools.convert import fla
 from tools.convert.architecture import Architecture
 from tools.convert.conversion import DTYPES
 from tools.convert.errors import ConvertError
@@ -30,8 +31,11 @@ def open_file(arguments: argparse.Namespace) -> Import:
         ConvertError: a model that lit_gpt has not, or weights that are not the recipe's.
     """
     recipe = load_config(arguments.recipe)
-    if not recipe.model.symbols <= {"G", "S"}:
-        raise ConvertError(f"--recipe ({arguments.recipe}): lit_gpt has Gated DeltaNet and sliding windows only.")
+    # lit_gpt has what fla's format has, less full attention.
+    obstacles = fla.obstacles(Architecture(model=recipe.model))
+    if not recipe.model.symbols <= {"G", "S"} or obstacles:
+        reasons = "; ".join(["it has Gated DeltaNet and sliding windows only", *obstacles])
+        raise ConvertError(f"--recipe ({arguments.recipe}) describes no model of lit_gpt: {reasons}.")
     source = LitGptFile(arguments.file, lambda name: bool(matching([name], arguments.drop)))
     rows = source.shape("transformer.wte.weight")[0] if "transformer.wte.weight" in source.keys() else None
     model = replace(recipe.model, vocab_size=recipe.model.vocab_size or rows)

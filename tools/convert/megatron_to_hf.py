@@ -102,7 +102,7 @@ def write(export: Export, output: Path, *, max_bytes: int, resume: bool) -> None
     _check_plan(export, aside, shards)
     missing = {name: shard for name, shard in zip(names, shards, strict=True) if not (aside / name).exists()}
     done = export.conversion.num_bytes - sum(tensor.num_bytes for shard in missing.values() for tensor in shard)
-    check_space(export.conversion, output, written=done)
+    check_space(export.conversion, aside, written=done)
     with Progress(export.conversion, done=done) as progress:
         for name, shard in missing.items():
             write_shard(aside / name, shard, progress.read)
