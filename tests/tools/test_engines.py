@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.tools.test_tokenize_corpus import changed_tokenizer
 from tests.tools.texts import TEXTS, dataset_bytes, json_lines, manifest_of, tokenize
 from tools.preprocess import inspect_dataset, shards
+from tools.preprocess.characters import AlikeCharacters, byte_letters
 from tools.preprocess.difficult_texts import difficult_texts
 from tools.preprocess.encode import Gigatoken, SpecialTokens, Tokens, choose_engine, open_tokenizer
 
@@ -62,7 +64,7 @@ def sentencepiece_model(tmp_path_factory) -> Path:
 def tiktoken_folder(llama3_like, tmp_path_factory) -> Path:
     """The vocabulary of the Hugging Face tokenizer as a rank file."""
     folder = tmp_path_factory.mktemp("tiktoken")
-    letters = {letter: byte for byte, letter in bytes_to_letters().items()}
+    letters = {letter: byte for byte, letter in enumerate(byte_letters())}
     vocabulary = json.loads((llama3_like / "tokenizer.json").read_text())["model"]["vocab"]
     plain = {token: i for token, i in vocabulary.items() if not token.startswith("<|")}
     ranks = sorted((i, bytes(letters[letter] for letter in token)) for token, i in plain.items())
@@ -72,11 +74,33 @@ def tiktoken_folder(llama3_like, tmp_path_factory) -> Path:
     return folder
 
 
-def bytes_to_letters() -> dict[int, str]:
-    """GPT-2's letters for bytes."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+def test_characters_of_new_unicode_versions(llama3_like, tmp_path):
+    """gigatoken 0.10 and tokenizers 0.23 know different versions of Unicode, so they split U+A7CF differently, which a
+    vocabulary that has it with a quote before it shows."""
+    tokenizer = Tokenizer.from_file(str(llama3_like / "tokenizer.json"))
+    texts = [f'x "{chr(c)} ({chr(c)}a{chr(c)}" 1{chr(c)}' for c in range(0xA7C0, 0xA7FF)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), min_frequency=1
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    reference = open_tokenizer(str(tmp_path))
+    found = Gigatoken(reference).encode([*texts, "plain"])
+    expected = Tokens.from_lists([tokenizer.encode(text).ids for text in [*texts, "plain"]])
+    assert found.lengths.tolist() == expected.lengths.tolist() and found.ids.tolist() == expected.ids.tolist()
+
+
+def test_cache_of_the_fast_engine_is_bounded(tokenizer):
+    """New words for ever, as the web has them; without a limit they take a gigabyte here."""
+    engine = Gigatoken(open_tokenizer(str(tokenizer)))
+    generator, process, peak = np.random.default_rng(0), psutil.Process(), 0
+    before = process.memory_info().rss
+    for _ in range(8):
+        words = generator.integers(97, 123, (400_000, 9), dtype=np.uint8)
+        words[:, 0] = 32
+        engine.encode([words.tobytes().decode()])
+        peak = max(peak, process.memory_info().rss)
+    assert (peak - before) / 1e6 < 180
 
 
 def test_gigatoken_equals_tokenizers(tokenizer, llama3_like):
@@ -219,3 +243,20 @@ def test_wrong_tiktoken_folder(corpus, tmp_path, capsys):
     (tmp_path / "bad.model").write_bytes(b"\x00nothing")
     assert tokenize(corpus, tmp_path / "bad.model", tmp_path / "out") == 2
     assert "bad.model cannot be read as a SentencePiece model" in capsys.readouterr().err
+
+
+def test_engine_that_splits_at_other_characters(tokenizer):
+    """One that differs at a letter of ASCII is refused, at another character its texts are told apart."""
+    settings = open_tokenizer(str(tokenizer)).split_settings()
+
+    def reference(_):
+        return lambda texts: [[ord(letter) for letter in text] for text in texts]
+
+    def engine_that_differs_at(character):
+        return lambda _: lambda texts: [[ord(c) + (c == character) for c in text] for text in texts]
+
+    characters = AlikeCharacters(settings, reference, engine_that_differs_at("\u00e9"))
+    covered = {text: characters.covers(text) for text in ("plain", "caf\u00e9", "na\u00efve", "\u00e9", "\u4f60", "")}
+    assert [text for text, covers in covered.items() if not covers] == ["caf\u00e9", "\u00e9"]
+    with pytest.raises(ValueError, match=r"it splits text at \['q'\] in another way"):
+        AlikeCharacters(settings, reference, engine_that_differs_at("q"))

@@ -19,10 +19,10 @@ ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("PREPROCESS_KILLS", "4"))
 
 
-def start(corpus, tokenizer, prefix) -> subprocess.Popen:
+def start(corpus, tokenizer, prefix, stderr=subprocess.DEVNULL, **options) -> subprocess.Popen:
     command = [sys.executable, "-m", "tools.preprocess.tokenize_corpus", "--input", str(corpus), "--append-eod"]
     command += ["--tokenizer", str(tokenizer), "--output-prefix", str(prefix), "--workers", "2", "--unit-mb", "0.2"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr, **options)
 
 
 def children(pid: int) -> list[int]:
@@ -165,6 +165,20 @@ def test_skipped_records_fail_when_fail_is_asked(tokenizer, tmp_path):
     assert tokenize(path, tokenizer, tmp_path / "out", "--on-error", "skip") == 0
     assert summary_of(tmp_path / "out")["units_resumed"] == 1
     assert tokenize(path, tokenizer, tmp_path / "out") == 1
+
+
+def test_interrupted_run_says_so_and_goes_on(large, tokenizer, tmp_path):
+    """Control-C reaches the main process and its workers."""
+    process = start(large, tokenizer, tmp_path / "out", stderr=subprocess.PIPE, start_new_session=True)
+    while not list(tmp_path.glob("out.work/*.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=100)
+    assert (process.returncode, errors) == (130, b"stopped: the same command goes on from here\n")
+    assert tokenize(large, tokenizer, tmp_path / "out", "--unit-mb", "0.2") == 0
+    assert dataset_bytes(tmp_path / "out") == dataset_bytes(large.with_name("whole"))
+    assert summary_of(tmp_path / "out")["units_resumed"] > 0
 
 
 def test_killed_worker_is_an_error(large, tokenizer, tmp_path, capsys, monkeypatch):

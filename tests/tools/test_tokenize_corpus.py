@@ -3,9 +3,11 @@ arguments and unusual tokenizers. Bad input and kills have files of their own.""
 
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +67,17 @@ def test_summary_counts_what_was_read(dataset, corpus):
     assert summary["text_bytes"] == sum(len(text.encode()) for text in TEXTS)
     assert summary["input_bytes"] == corpus.stat().st_size and summary["documents"] == len(TEXTS)
     assert summary["tokens_per_s"] == pytest.approx(summary["tokens"] / summary["seconds"], rel=0.1)
+
+
+def test_progress_shows_rates_and_time_left(corpus, tokenizer, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert tokenize(corpus, tokenizer, tmp_path / "out", "--unit-mb", "0.005") == 0
+    last = sys.stderr.getvalue().split("\r")[-1]
+    assert re.search(r"100%\|.*\[\d\d:\d\d<00:00, .*B/s, [\d.e+]+ tokens/s, [\d.]+ MB/s of text\]", last), last
 
 
 @pytest.mark.parametrize("workers, unit_bytes", [(1, 1), (1, 61), (1, 5000), (2, 5000), (4, 5000)])
@@ -283,16 +296,16 @@ def test_commands_start_without_torch():
 
 
 def test_memory_does_not_grow_with_the_file(corpus, tokenizer, tmp_path):
-    """One compressed file, so one unit: 8 times the text takes no more memory, but for noise of the allocator."""
+    """One compressed file, so one unit, of 24 and of 96 MB: a few batches of 4 MB more at most, by the allocator."""
     peaks = []
-    for megabytes in (8, 64):
+    for megabytes in (24, 96):
         path = tmp_path / f"{megabytes}.jsonl.gz"
         path.write_bytes(gzip.compress(corpus.read_bytes() * (megabytes * 10**6 // corpus.stat().st_size), 1))
         command = [sys.executable, "-m", "tools.preprocess.tokenize_corpus", "--append-eod", "--workers", "1"]
         command += ["--input", str(path), "--tokenizer", str(tokenizer), "--output-prefix", str(tmp_path / "out")]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         peaks.append(summary_of(tmp_path / "out")["peak_rss_mb_of_a_worker"])
-    assert peaks[1] < peaks[0] + 20 and peaks[1] < 400, peaks
+    assert peaks[1] < peaks[0] + 30 and peaks[1] < 400, peaks
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])

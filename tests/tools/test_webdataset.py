@@ -33,7 +33,7 @@ NAMES = [
     # apart, hidden and meta members, no field at all.
     ["a/1.txt", "a/1.json", "a/2.TXT", "b.c/3.txt"],
     ["x.txt", "y.cls", "x.json", "x.txt.gz", "z.a.txt"],
-    ["__meta__", "q.txt", "folder/__skip__", "q.id"],
+    ["__meta__", "q.txt", "folder/__skip__", "q.id", "__a.b__", "folder/__a.txt__", "__dir__/a.txt", "__x.txt"],
     ["n" * 180 + "/" + "m" * 90 + ".txt", "noextension", "last.txt"],
     ["s1.txt", "s2.txt", "s3.jpg", "s4.txt"],
 ]

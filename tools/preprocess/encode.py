@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 from tokenizers import Tokenizer
 
 from megatron_gdn.optional import MissingPackageError, require
+from tools.preprocess.characters import AlikeCharacters
 from tools.preprocess.difficult_texts import difficult_texts
 from tools.preprocess.sources import ArgumentError
 
@@ -41,6 +43,12 @@ class Tokens(NamedTuple):
             begin, end = end, end + len(part)
             ids[begin:end] = part
         return cls(ids, lengths)
+
+    def replaced(self, others: dict[int, np.ndarray]) -> "Tokens":
+        """With other ids for some texts, by position."""
+        parts = np.split(self.ids, np.cumsum(self.lengths)[:-1])
+        parts = [np.asarray(others.get(i, part), np.int64) for i, part in enumerate(parts)]
+        return Tokens(np.concatenate(parts), np.fromiter(map(len, parts), np.int64, len(parts)))
 
 
 class HuggingFaceTokenizer:
@@ -95,6 +103,11 @@ class HuggingFaceTokenizer:
         """What gigatoken.Tokenizer takes."""
         return self.model
 
+    def split_settings(self) -> dict | None:
+        """Settings of a byte-level tokenizer, which splits by classes of characters; None for other kinds."""
+        settings = json.loads(self.model.to_str())
+        return None if settings["model"].get("byte_fallback") else settings
+
 
 class SentencePieceTokenizer:
     """A SentencePiece model file, such as Llama 2's tokenizer.model. Attributes as in HuggingFaceTokenizer."""
@@ -141,6 +154,10 @@ class SentencePieceTokenizer:
 
     def gigatoken_source(self):
         return str(self.file)
+
+    def split_settings(self) -> None:
+        """None: SentencePiece splits by its vocabulary alone."""
+        return None
 
 
 class TiktokenTokenizer:
@@ -209,23 +226,57 @@ class TiktokenTokenizer:
 class Gigatoken:
     """gigatoken's engine for a tokenizer, on the calling thread.
 
+    Texts with characters that it splits from others in another way than the reference are left to the reference. Its
+    cache of words has no limit, so the engine is made anew when the process has grown.
+
     Raises:
         ValueError: gigatoken cannot take this tokenizer.
     """
 
+    # Doubling its table takes three times as much for a moment.
+    max_growth_mb = 64
+
     def __init__(self, reference):
-        gigatoken = require("gigatoken", extra="preprocess", purpose="--engine gigatoken")
-        source = reference.gigatoken_source()
-        if source is None:
+        self._gigatoken = require("gigatoken", extra="preprocess", purpose="--engine gigatoken")
+        self._reference, self._process = reference, psutil.Process()
+        if reference.gigatoken_source() is None:
             raise ValueError(f"it cannot take encodings of {reference.library}")
+        self._characters = None
         try:
-            self._encode = gigatoken.Tokenizer(source).encode_batch
+            self._start()
+            settings = reference.split_settings()
+            if settings is not None:
+                self._characters = AlikeCharacters(settings, _reference_probe, self._probe)
         except Exception as error:  # a RuntimeError, or what its converter raises
             raise ValueError(f"it refuses this tokenizer ({error})") from error
 
     def encode(self, texts: list[str]) -> Tokens:
         layout = self._encode(texts, parallel=False).layout
-        return Tokens(layout.content.data, np.diff(layout.offsets.data))
+        tokens = Tokens(layout.content.data, np.diff(layout.offsets.data))
+        if self._rss_mb() - self._rss_mb_at_start > self.max_growth_mb:
+            self._start()
+        if self._characters is None:
+            return tokens
+        others = [i for i, text in enumerate(texts) if not self._characters.covers(text)]
+        return tokens.replaced({i: self._reference.encode([texts[i]]).ids for i in others}) if others else tokens
+
+    def _start(self) -> None:
+        self._encode = None  # first, or both would be in memory
+        self._encode = self._gigatoken.Tokenizer(self._reference.gigatoken_source()).encode_batch
+        self._encode(["a"], parallel=False)
+        self._rss_mb_at_start = self._rss_mb()
+
+    def _rss_mb(self) -> float:
+        return self._process.memory_info().rss / 1e6
+
+    def _probe(self, settings: str):
+        encode = self._gigatoken.Tokenizer.from_json(settings).encode_batch
+        return lambda texts: encode(texts, parallel=False).tolist()
+
+
+def _reference_probe(settings: str):
+    model = Tokenizer.from_str(settings)
+    return lambda texts: [encoding.ids for encoding in model.encode_batch_fast(texts)]
 
 
 class SpecialTokens:

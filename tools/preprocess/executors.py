@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -87,6 +88,7 @@ def _tokenize_in(cwd: str, unit: Unit, specification: Specification, folder: Pat
 
 def _start_worker() -> None:
     """End with the process that started this one: a worker of a killed parent would wait for tasks for ever."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the main process says what happened
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -306,7 +306,7 @@ def _copy(source: BinaryIO, target: BinaryIO) -> None:
         try:
             if not os.copy_file_range(source.fileno(), target.fileno(), _COPY_BYTES):
                 return
-        except OSError:  # between file systems, or on one that has no such call
+        except (OSError, AttributeError):  # between file systems, on one that has no such call, on macOS
             while block := source.read(_COPY_BYTES):
                 target.write(block)
             target.flush()

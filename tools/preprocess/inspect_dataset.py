@@ -17,6 +17,7 @@ import numpy as np
 from megatron_gdn.training.indexed import DatasetError, IndexedFiles, check_dataset
 from tools.preprocess.encode import open_tokenizer
 from tools.preprocess.indexed import blocks_of, sha256_of
+from tools.preprocess.merge_datasets import without_suffix
 from tools.preprocess.sources import ArgumentError
 
 _SHOWN_CHARACTERS = 400
@@ -155,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.histogram and (len(arguments.prefixes) > 1 or arguments.histogram.suffix != ".png"):
             raise ArgumentError(f"--histogram ({arguments.histogram}) must be a .png, and of one dataset.")
         for prefix in arguments.prefixes:
-            files = check_dataset(prefix.removesuffix(".bin").removesuffix(".idx"))
+            files = check_dataset(without_suffix(prefix))
             print(describe(files))
             checked = ["sizes", *(verify(files) if arguments.verify else [])]
             print(f"  {'checked':<16}{', '.join(checked)}")

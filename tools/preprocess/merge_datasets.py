@@ -51,14 +51,18 @@ def concatenate_records(parts: list[tuple[Path, dict[str, Any]]], output: Output
     return concatenate(files, output.bin, output.idx)
 
 
+def without_suffix(path: str) -> str:
+    """Prefix of a dataset, from itself or from one of its files, as a shell's pattern gives them."""
+    return path.removesuffix(".bin").removesuffix(".idx")
+
+
 def open_datasets(prefixes: list[str]) -> list[IndexedFiles]:
     """Check that datasets are whole and belong together.
 
     Raises:
         DatasetError: a broken dataset, or datasets of different dtypes or tokenizers, or only some with a manifest.
     """
-    names = [prefix.removesuffix(".bin").removesuffix(".idx").removesuffix(".json") for prefix in prefixes]
-    datasets = [check_dataset(name) for name in names]
+    datasets = [check_dataset(without_suffix(prefix)) for prefix in prefixes]
     first = datasets[0]
     for other in datasets[1:]:
         if other.dtype != first.dtype:
@@ -169,8 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shuffle-seed", type=int, default=None, help="put all documents into a random order")
     arguments = parser.parse_args(argv)
     try:
-        inputs = {Path(prefix).with_suffix("") if prefix.endswith((".bin", ".idx")) else Path(prefix) for prefix in
-                  arguments.prefixes}  # fmt: skip
+        inputs = {Path(without_suffix(prefix)) for prefix in arguments.prefixes}
         if len(inputs) < len(arguments.prefixes):
             raise ArgumentError("a dataset is named twice: name every one once (of .bin and .idx only one).")
         if Path(arguments.output_prefix) in inputs:

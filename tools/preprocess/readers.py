@@ -20,8 +20,10 @@ from tools.preprocess.sources import Unit, open_source
 _BATCH_BYTES = 2**22
 # zstd can make thousands of bytes of one, so it is fed little at a time.
 _ZSTD_BYTES = 2**16
-# Name of a member: the sample it belongs to, then the field. webdataset 1.0.2, tariterators.base_plus_ext.
+# Name of a member: the sample it belongs to, then the field; and members that are not data. webdataset 1.0.2,
+# tariterators.base_plus_ext and tar_file_iterator.
 _MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+_NOT_DATA = re.compile(r"__[^/]*__($|/)")
 
 
 class DamagedError(Exception):
@@ -295,10 +297,10 @@ def _samples(archive: tarfile.TarFile, wanted: str, limit: int) -> Iterator[tupl
     """
     key, fields = None, {}
     for member in archive:
+        archive.members = []  # tarfile would keep them all
         name = member.name
-        base = name.rsplit("/", 1)[-1]
         matched = _MEMBER_NAME.match(name)
-        if not member.isreg() or matched is None or (base.startswith("__") and base.endswith("__")):
+        if not member.isreg() or matched is None or _NOT_DATA.match(name):
             continue
         prefix, suffix = matched.group(1), matched.group(2).lower()
         if prefix != key:

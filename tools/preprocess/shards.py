@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import resource
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -143,7 +144,7 @@ class _Encoder:
             self._check(texts[0], tokens, place)
             self._unchecked = 0
         if escaped:
-            tokens = _replace(tokens, escaped)
+            tokens = tokens.replaced(escaped)
         ids, lengths = tokens.ids.astype(self._dtype), tokens.lengths
         if not lengths.all():
             for i in np.flatnonzero(lengths == 0):
@@ -187,13 +188,6 @@ class _Encoder:
             )
 
 
-def _replace(tokens: Tokens, others: dict[int, list[int]]) -> Tokens:
-    """The tokens with those of some texts replaced."""
-    parts = np.split(tokens.ids, np.cumsum(tokens.lengths)[:-1])
-    parts = [np.asarray(others.get(i, part), np.int64) for i, part in enumerate(parts)]
-    return Tokens(np.concatenate(parts), np.fromiter(map(len, parts), np.int64, len(parts)))
-
-
 @functools.lru_cache(maxsize=1)
 def _encoder(specification: Specification) -> _Encoder:
     return _Encoder(specification)
@@ -217,4 +211,9 @@ def _committed(prefix: Path) -> dict[str, Any] | None:
 
 def _rss_mb() -> float:
     """Peak memory of this process, in MB of 10^6 bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # macOS, which counts in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    # Not getrusage, whose peak is also that of the process that started this one.
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024 / 1e6

@@ -9,6 +9,7 @@ with 1 for data that cannot be used, 2 for wrong arguments.
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from megatron_gdn.training.indexed import DatasetError
 from tools.preprocess.documents import document_hashes, shares_of, write_documents
 from tools.preprocess.indexed import IndexedWriter, Output
-from tools.preprocess.merge_datasets import merged_facts, open_datasets
+from tools.preprocess.merge_datasets import merged_facts, open_datasets, without_suffix
 from tools.preprocess.sources import ArgumentError, InputError
 
 PARTS = ("train", "validation", "test")
@@ -48,8 +49,8 @@ def split(prefix: str, shares: list[float], output_dir: Path) -> dict[str, int]:
     """
     datasets = open_datasets([prefix])
     parts = shares_of(document_hashes(datasets), shares)
-    counts, outputs = {}, []
-    try:
+    counts, written = {}, []
+    with ExitStack() as stack:
         for i, name in enumerate(PARTS):
             if not shares[i]:
                 continue
@@ -57,22 +58,14 @@ def split(prefix: str, shares: list[float], output_dir: Path) -> dict[str, int]:
             counts[name] = len(order)
             if not len(order):
                 raise InputError(f"{name} would have no documents of {len(parts)}: give it a larger share.")
-            output = Output(str(Path(output_dir) / name))
-            outputs.append((output, None))
+            output = stack.enter_context(Output(str(Path(output_dir) / name)))
             writer = IndexedWriter(output.bin, output.idx, datasets[0].dtype)
-            try:
-                write_documents(datasets, order, writer)
-                facts = writer.finish()
-            finally:
-                writer.close()
-            if datasets[0].manifest:
-                facts |= merged_facts(datasets) | {"split": {"part": name, "shares": shares}}
-                outputs[-1] = (output, facts)
-        for output, manifest in outputs:
+            stack.callback(writer.close)
+            write_documents(datasets, order, writer)
+            manifest = writer.finish() | {"split": {"part": name, "shares": shares}}
+            written.append((output, manifest | merged_facts(datasets) if datasets[0].manifest else None))
+        for output, manifest in written:
             output.commit(manifest)
-    finally:
-        for output, _ in outputs:
-            output.__exit__()
     return counts
 
 
@@ -85,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         shares = parse_shares(arguments.shares)
-        prefix = arguments.prefix.removesuffix(".bin").removesuffix(".idx")
+        prefix = without_suffix(arguments.prefix)
         if Path(prefix).absolute() in [(arguments.output_dir / name).absolute() for name in PARTS]:
             raise ArgumentError(f"--output-dir ({arguments.output_dir}) would replace {prefix}: name another folder.")
         counts = split(prefix, shares, arguments.output_dir)

@@ -66,12 +66,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--on-error", choices=("fail", "skip"), default="fail", help="what a bad record or file does; skip counts them")
     add("--max-document-mb", type=float, default=8.0, help="longer lines and texts are bad records")
     add("--engine", choices=ENGINES, default="auto", help="auto: gigatoken if it gives the same ids on a sample")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that tokenize")
+    add("--workers", type=int, default=_usable_cores(), help="processes that tokenize")
     add("--executor", choices=("local", "ray"), default="local", help="processes here, or tasks of a Ray cluster")
     add("--unit-mb", type=float, default=32.0, help="how large files are cut; a kill loses at most this per worker")
     add("--num-shards", type=int, default=1, help="how many commands share the work")
     add("--shard-index", type=int, default=0, help="which of them this is, from 0")
     return parser.parse_args(argv)
+
+
+def _usable_cores() -> int:
+    """Cores that this process may use, which a job's allocation limits; all of them on macOS, which cannot tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -353,6 +358,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ArgumentError, InputError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ArgumentError | ImportError) else 1
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        return 130
     for manifest in manifests:
         skipped = f", {manifest['skipped']} skipped" if manifest["skipped"] else ""
         print(f"{manifest['documents']} documents, {manifest['tokens']} tokens, {manifest['dtype']}{skipped}")
