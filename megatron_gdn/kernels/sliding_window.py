@@ -81,7 +81,7 @@ def scored_pairs(length: int, window: int | None, heads: int) -> int:
         window: as of `sliding_window_attention`.
         heads: query heads times sequences of a call.
     """
-    blocks = _blocks(first_visible([length], window), heads)
+    blocks = _blocks(first_visible([length], window), length, heads)
     return sum((b.rows.stop - b.rows.start) * (b.keys.stop - b.keys.start) for b in blocks)
 
 
