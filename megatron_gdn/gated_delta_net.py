@@ -36,7 +36,9 @@ from megatron_gdn.kernels import (
     causal_conv1d,
     chunk_gated_delta_rule,
     gated_delta_gate,
+    gated_delta_mixer,
 )
+from megatron_gdn.kernels.backend import resolve_backend
 from megatron_gdn.norms import GatedRMSNorm
 from megatron_gdn.parallel.context import context_causal_conv1d, context_gated_delta_rule, start_conv_halo
 from megatron_gdn.parallel.exchange import PendingRows
@@ -90,7 +92,8 @@ class GatedDeltaNet(MegatronModule):
         row_multiple: fill the rows of in_proj and the columns of out_proj on each rank up to a multiple of this, with
             zeros that change no result and are in no checkpoint; FP8 wants 16 or 32.
         state_exchange: between context-parallel ranks, "all_gather" or "scan", see `megatron_gdn.parallel.state`.
-        backend: kernel backend: "auto" or "torch".
+        backend: kernel backend: "auto", "torch" or "triton". With triton, what lies between the projections is one
+            operation (kernels/gated_delta_rule/mixer.py), unless an observer looks inside or ranks share a sequence.
 
     Raises:
         ValueError: value heads that are no multiple of key heads.
@@ -277,7 +280,11 @@ class GatedDeltaNet(MegatronModule):
         else:
             documents = chunk_table_of(packed_seq_params, device=hidden_states.device)
         gates, _ = self.in_proj_ba(hidden_states)  # while rows of other ranks arrive
-        beta, g = self._gates(gates.transpose(0, 1))
+        gates = gates.transpose(0, 1)
+        joined = fragments is None and self.observer is None
+        if joined and resolve_backend(self.backend, mixed.device) == "triton":
+            return self._project_out(self._mix(mixed, gates, documents))
+        beta, g = self._gates(gates)
         q, k, v, z = self._conv_and_split(mixed, documents, fragments, halo)
         rule = dict(
             g=g,
@@ -298,9 +305,33 @@ class GatedDeltaNet(MegatronModule):
             own = self.sections["in_proj_ba"][0].local_heads(self.tp_rank, self.tp_size)
             seen = {"alpha": g.exp()[..., :own], "beta": beta[..., :own], "state": state[:, :own]}
             self.observer(seen if z is None else seen | {"gate": z[:, :, :own]})
-        y = self.out_norm(o, z).flatten(2)
-        y = pad_ghosts(y, self._local_rows("out_proj"), dim=2)
+        return self._project_out(self.out_norm(o, z))
+
+    def _project_out(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The layer's result from `[b, s, HV, V]`."""
+        y = pad_ghosts(y.flatten(2), self._local_rows("out_proj"), dim=2)
         return self.out_proj(y.transpose(0, 1).contiguous())
+
+    def _mix(self, mixed: Tensor, gates: Tensor, documents: ChunkTable | None) -> Tensor:
+        """Convolution, gates, rule and norm as one operation: `[b, s, HV, V]` of this rank's heads."""
+        used = sum(local_sizes(self.sections["in_proj"], self.tp_size))
+        key_rows = local_sizes(self.sections["conv1d"], self.tp_size)[0]
+        return gated_delta_mixer(
+            mixed if mixed.shape[-1] == used else mixed[..., :used],
+            gates,
+            conv_weight=self.conv1d.weight.squeeze(1),
+            norm_weight=self.out_norm.shared_weight(),
+            A_log=self.A_log if self.use_decay else None,
+            dt_bias=self.dt_bias if self.use_decay else None,
+            num_key_heads=key_rows // self.key_head_dim,
+            num_value_heads=local_sizes(self.sections["in_proj_ba"], self.tp_size)[0],
+            key_head_dim=self.key_head_dim,
+            eps=self.out_norm.eps,
+            allow_neg_eigval=self.allow_neg_eigval,
+            use_qk_l2norm=self.use_qk_l2norm,
+            cu_seqlens=documents,
+            backend="triton",
+        )
 
     def _gates(self, gates: Tensor) -> tuple[Tensor, Tensor]:
         """beta and g, `[b, s, HV]` float32, from the local rows of in_proj_ba."""

@@ -106,5 +106,8 @@ class GatedRMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None) -> Tensor:
         """`x`, `z` and the result are `[..., V]`; without `z` there is no gate."""
-        weight = copy_to_tensor_model_parallel_region(self.weight, group=self.tp_group)
-        return rms_norm_gated(x, weight, z, eps=self.eps, backend=self.backend)
+        return rms_norm_gated(x, self.shared_weight(), z, eps=self.eps, backend=self.backend)
+
+    def shared_weight(self) -> Tensor:
+        """The weight as the ranks' heads see it: its gradient is summed over the tensor-parallel group."""
+        return copy_to_tensor_model_parallel_region(self.weight, group=self.tp_group)

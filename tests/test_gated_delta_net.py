@@ -74,6 +74,8 @@ OPTIONS = [
     dict(use_output_gate=False),
     dict(use_decay=False),
     dict(use_qk_l2norm=False, A_init_range=(8.0, 16.0)),  # fast decay keeps the state small without normalised keys
+    # What lies between the projections as one operation, in Triton's interpreter.
+    dict(backend="triton"),
 ]
 
 
@@ -101,7 +103,8 @@ def test_layer_equals_plain_pytorch(options):
     reference |= {f"grad {name}": value.grad for name, value in weights.items()}
     reference["loss"] = (y * loss_weights).abs().sum().detach()  # the loss cancels: judge it by the size of its terms
     ours["loss"] = ours["loss"] - loss.detach() + reference["loss"]
-    assert_equal_results(ours, reference)
+    # torch sums gradients of the log-decay in float64, Triton in float32; over all tokens they nearly cancel.
+    assert_equal_results(ours, reference, 3e-5 if options.get("backend") == "triton" else TOLERANCE)
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

@@ -218,7 +218,7 @@ def causal_conv1d(
             "each sequence or packed document."
         )
     if backend == "triton":
-        _check_width(weight)
+        check_width(weight)
         check_triton_dtypes(x=x, weight=weight, bias=bias, initial_state=initial_state)
         from megatron_gdn.kernels.causal_conv1d_triton import CausalConv1dTriton
 
@@ -283,7 +283,7 @@ def causal_conv1d_update(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, state, weight, bias)):
         raise ValueError("causal_conv1d_update has no gradients and an input requires them: use torch.no_grad().")
     if backend == "triton":
-        _check_width(weight)
+        check_width(weight)
         check_triton_dtypes(x=x, state=state, weight=weight, bias=bias)
         if state.stride(2) != 1 and state.shape[2] > 1:
             raise ValueError(
@@ -298,7 +298,7 @@ def causal_conv1d_update(
     return y
 
 
-def _check_width(weight: Tensor) -> None:
+def check_width(weight: Tensor) -> None:
     """Raise ValueError for a width that the Triton kernels do not have."""
     if weight.shape[1] > 4:
         raise ValueError(f"width ({weight.shape[1]}) must be 2, 3 or 4 for backend triton: use backend 'torch'.")

@@ -18,7 +18,7 @@ from megatron_gdn.kernels.triton_support.rows import Rows, mask_of, row_offsets,
 
 
 @triton.jit
-def _softplus(x):
+def softplus(x):
     """log(1 + exp(x)) for any x, with a small relative error where it is almost 0: Triton has no log1p.
 
     With e = exp(-|x|): max(x, 0) + log1p(e), and log1p(e) = 2 artanh(s), s = e / (2 + e) <= 1/3. Seven terms of
@@ -69,7 +69,7 @@ def gates_forward_kernel(
     dt_bias = tl.load(p_dt_bias + o_d, mask=o_d < D, other=0.0)
     o_alpha = row_offsets(row, size_1, size_2, stride_alpha0, stride_alpha1, stride_alpha2)
     alpha = tl.load(p_alpha + o_alpha[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-    g = -rate[None, :] * _softplus(alpha + dt_bias[None, :])
+    g = -rate[None, :] * softplus(alpha + dt_bias[None, :])
     tl.store(p_g + o_row[:, None] + o_d[None, :], g, mask=mask)
     if HAS_BETA:
         o_b = row_offsets(row, size_1, size_2, stride_b0, stride_b1, stride_b2)
@@ -135,7 +135,7 @@ def gates_backward_kernel(
         dg = -rate[None, :] * dg
         dalpha = tl.sigmoid(x) * dg
         store(p_dalpha + o_dalpha[:, None] + o_d[None, :], dalpha, mask=mask)
-        dA_log += dg * _softplus(x)
+        dA_log += dg * softplus(x)
         ddt_bias += dalpha
         if HAS_BETA:
             o_b = row_offsets(row, size_1, size_2, stride_b0, stride_b1, stride_b2)

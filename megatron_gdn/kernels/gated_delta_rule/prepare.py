@@ -117,10 +117,14 @@ def prepare_kernel(
     K: tl.constexpr,
     C: tl.constexpr,
     L2NORM: tl.constexpr,
+    GIVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """One program per chunk and value head; the first value head of a group also writes rq and rk."""
+    """One program per chunk and value head; the first value head of a group also writes rq and rk.
+
+    GIVEN: rq and rk are there, and q is not read.
+    """
     DTYPE: tl.constexpr = k.dtype.element_ty
     i = tl.program_id(0).to(tl.int64)
     i_c, i_h = i // HV, i % HV
@@ -144,14 +148,17 @@ def prepare_kernel(
         mask = m_c[:, None] & columns(i_k + o_k, K, BK)[None, :]
         b_k = tl.load(p_k + i_k, mask=mask, other=0.0)
         b_A += dot(b_k, tl.trans(b_k), DTYPE)
-        if L2NORM:
+        if L2NORM and not GIVEN:
             b_wide = b_k.to(tl.float32)
             b_sum += tl.sum(b_wide * b_wide, 1)
     if L2NORM:
-        b_rk = tl.rsqrt(b_sum + eps)
+        p_r = (i_c * H + i_hk) * C + o_c
+        if GIVEN:
+            b_rk = tl.load(rk + p_r)
+        else:
+            b_rk = tl.rsqrt(b_sum + eps)
         b_A *= b_rk[:, None] * b_rk[None, :]
-        if i_h % (HV // H) == 0:
-            p_r = (i_c * H + i_hk) * C + o_c
+        if not GIVEN and i_h % (HV // H) == 0:
             tl.store(rk + p_r, b_rk)
             p_q = q + i_b * stride_qb + i_t * stride_qt + i_hk * stride_qh + o_c[:, None] * stride_qt + o_k[None, :]
             tl.store(rq + p_r, row_factors(p_q, m_c, o_k, eps, C, K, BK))
@@ -172,6 +179,7 @@ def prepare(
     table: ChunkTable,
     l2norm_eps: float | None,
     negative_eigenvalues: bool,
+    norms: tuple[Tensor, Tensor] | None = None,
 ) -> Prepared:
     """Gates, factors of the norm and T of all chunks.
 
@@ -181,12 +189,13 @@ def prepare(
         table: of the batch.
         l2norm_eps: added to the sums of squares of q and k; None: they are used as they are.
         negative_eigenvalues: beta may exceed 1; the blocks of T are joined with more digits.
+        norms: rq and rk of `Prepared`, where an earlier kernel has them; None: they are computed where there is an eps.
     """
     num_chunks, HV, (_, num_tokens, H, K) = table.num_chunks, g.shape[2], k.shape
     G = g.new_empty(num_chunks, HV, CHUNK_SIZE, dtype=torch.float32)
     T = k.new_empty(num_chunks, HV, CHUNK_SIZE, CHUNK_SIZE)
-    rq = rk = None
-    if l2norm_eps is not None:
+    rq, rk = norms or (None, None)
+    if l2norm_eps is not None and norms is None:
         rq, rk = (k.new_empty(num_chunks, H, CHUNK_SIZE, dtype=torch.float32) for _ in range(2))
     precise = negative_eigenvalues or k.dtype == torch.float32
     prepare_kernel[(num_chunks * HV,)](
@@ -210,6 +219,7 @@ def prepare(
         K=K,
         C=CHUNK_SIZE,
         L2NORM=l2norm_eps is not None,
+        GIVEN=norms is not None,
         PRECISION="tf32x3" if precise else "tf32",
         **config(config_name("prepare", k.dtype), architecture(k.device), K).launch,
     )
@@ -229,23 +239,28 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def compile_cases(arch: str) -> list[Case]:
-    """The kernel at the shapes that are shipped, and with negative eigenvalues."""
+    """The kernel at the shapes that are shipped; at the first also with negative eigenvalues, and with norms given."""
     cases = []
     for K, _, dtype, default in SHIPPED:
         pointer = f"*{dtype}"
         signature = dict(q=pointer, k=pointer, g="*fp32", beta="*fp32", G="*fp32", T=pointer, rq="*fp32", rk="*fp32")
         signature |= dict(chunk_bounds="*i32", num_tokens="i32", eps="fp32") | strides("q", "k", "g", "b")
-        for negative in (False, True) if default else (False,):
-            precise = negative or dtype == "fp32"
-            constexprs = dict(H=16, HV=32, K=K, C=CHUNK_SIZE, L2NORM=True, PRECISION="tf32x3" if precise else "tf32")
+        plain = dict(L2NORM=True, GIVEN=False, PRECISION="tf32x3" if dtype == "fp32" else "tf32")
+        variants = {"": plain}
+        if default:
+            variants |= {
+                ", negative eigenvalues": plain | dict(PRECISION="tf32x3"),
+                ", norms given": plain | dict(GIVEN=True),
+            }
+        for what, options in variants.items():
             cases.append(
                 Case(
-                    name=f"prepare K {K} {dtype}" + (", negative eigenvalues" if negative else ""),
+                    name=f"prepare K {K} {dtype}{what}",
                     kernel=prepare_kernel,
                     signature=signature,
-                    constexprs=constexprs,
+                    constexprs=dict(H=16, HV=32, K=K, C=CHUNK_SIZE) | options,
                     config=config(config_name("prepare", DTYPES[dtype]), arch, K),
-                    default=default and not negative,
+                    default=default,
                 )
             )
     return cases

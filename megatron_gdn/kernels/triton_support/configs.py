@@ -181,3 +181,11 @@ TABLE["causal_conv1d_backward"] = _everywhere(4, BLOCK_I=16, RUN=4, BLOCK_D=32)
 TABLE["causal_conv1d_final_state"] = _everywhere(1, BLOCK_D=128)
 TABLE["causal_conv1d_initial_state_backward"] = _everywhere(1, BLOCK_D=128)
 TABLE["causal_conv1d_update"] = _everywhere(1, BLOCK_D=128)
+# Convolution, norms and gates together: a program has a whole head of q or k in BLOCK_D columns.
+TABLE["inputs"] = {
+    arch: [
+        ((128, 512), Config(num_warps=4, num_stages=1, block=(("BLOCK_I", 16), ("RUN", 4), ("BLOCK_V", 64)))),
+        ((256, 512), Config(num_warps=8, num_stages=1, block=(("BLOCK_I", 16), ("RUN", 4), ("BLOCK_V", 128)))),
+    ]
+    for arch in ARCHITECTURES
+}
