@@ -73,7 +73,17 @@ def _check_triton(device: torch.device) -> None:
             f"backend (triton) does not run on {device}: move the tensors to a GPU, use backend 'torch', or set "
             "TRITON_INTERPRET=1 before Triton is imported (for tests; slow)."
         )
-    guards.check_compiler(architecture(device), triton.__version__)
+    arch = architecture(device)
+    for fault in guards.check_compiler(arch, triton.__version__):
+        logger.warning(
+            "Triton %s on %s miscompiles %s (%s); these kernels do without: %s. To see for yourself: "
+            "python -m megatron_gdn.kernels.selfcheck",
+            triton.__version__,
+            arch,
+            fault.pattern,
+            fault.issue,
+            fault.reason,
+        )
 
 
 def check_triton_dtypes(**tensors: Tensor | None) -> None:

@@ -4,8 +4,9 @@
     python -m megatron_gdn.kernels.compile_report --write   put the table into kernels/README.md
     python -m megatron_gdn.kernels.compile_report --quick   K = V = 128 only, for the tests
 
-Budgets: no spilled byte on sm_90 in a kernel that is launched at K = V = 128, and no more shared memory than a block
-may have on any architecture. The table records a hash of the kernels' sources, so that a stale one is noticed.
+Budgets: no spilled byte on sm_90 in a kernel that is launched at K = V = 128; no more shared memory than a block may
+have on any architecture; no transposed result of a dot (triton_support/guards.py, fla issue 640). The table records a
+hash of the kernels' sources, so that a stale one is noticed.
 """
 
 import argparse
@@ -25,6 +26,7 @@ MODULES = (
     "gated_delta_rule.backward_state",
     "gated_delta_rule.backward_inputs",
     "gated_delta_rule.recurrent",
+    "gated_delta_rule.inputs_triton",
     "gated_delta_rule.gate_triton",
     "ssd.prepare",
     "ssd.state",
@@ -46,7 +48,9 @@ _BEGIN, _END = "<!-- compile report -->\n", "<!-- end of compile report -->\n"
 def source_hash() -> str:
     """Of everything that the table depends on, the version of Triton excepted."""
     paths = [_ROOT / (module.replace(".", "/") + ".py") for module in MODULES]
-    paths += [_ROOT / "triton_support" / name for name in ("language.py", "tiles.py", "configs.py", "offline.py")]
+    paths += [
+        _ROOT / "triton_support" / name for name in ("language.py", "tiles.py", "rows.py", "configs.py", "offline.py")
+    ]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()[:16]
 
 
@@ -82,6 +86,8 @@ def compile_one(place: tuple[str, str, int]) -> dict:
         return row | {"problem": f"does not compile: {type(error).__name__}: {error}"}
     if report.shared_bytes > SHARED_BYTES[arch]:
         row["problem"] = f"shared memory {report.shared_bytes} over {SHARED_BYTES[arch]} bytes"
+    elif report.transposed_products:
+        row["problem"] = f"transposes {report.transposed_products} results of dots, which Hopper's compilers get wrong"
     elif arch == "sm_90" and case.default and report.spilled_bytes:
         row["problem"] = f"spills {report.spilled_bytes} bytes"
     return row | {"report": report}

@@ -230,9 +230,9 @@ def bench_mixer(clock: Clock, limits: Limits, backend: str, tokens: int) -> dict
     dtype = torch.bfloat16 if cuda else torch.float32
     layers: dict[str, Callable] = {}
     refusals = {}
-    for name in (rivals.OURS, "torch"):
-        chosen = backend if name == rivals.OURS else "torch"
-        layers[name] = Mixer(**sizes, device=clock.device, backend=chosen, dtype=dtype)
+    for name, chosen in ((rivals.OURS, backend), ("ours, one by one", backend), ("torch", "torch")):
+        joined = name != "ours, one by one"
+        layers[name] = Mixer(**sizes, device=clock.device, backend=chosen, dtype=dtype, joined=joined)
     try:
         layer = rivals._import("fla.layers", "GatedDeltaNet")(
             hidden_size=sizes["hidden_size"],

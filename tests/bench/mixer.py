@@ -4,7 +4,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_gdn.kernels import causal_conv1d, chunk_gated_delta_rule, gated_delta_gate, rms_norm_gated
+from megatron_gdn.kernels import (
+    causal_conv1d,
+    chunk_gated_delta_rule,
+    gated_delta_gate,
+    gated_delta_mixer,
+    rms_norm_gated,
+)
 
 
 class Mixer(nn.Module):
@@ -16,6 +22,7 @@ class Mixer(nn.Module):
         backend: of the kernels.
         dtype: of weights and arithmetic; A_log and dt_bias are float32, or float64 with dtype float64. Weights are
             rounded to bfloat16 first, so that mixers of two dtypes have equal ones.
+        joined: what lies between the projections is one operation, as in the layer; False: one by one.
     """
 
     def __init__(
@@ -29,9 +36,11 @@ class Mixer(nn.Module):
         device: torch.device,
         backend: str,
         dtype: torch.dtype = torch.bfloat16,
+        joined: bool = True,
     ):
         super().__init__()
         self.widths, self.K, self.V, self.backend = (H * K, H * K, HV * V), K, V, backend
+        self.heads, self.joined = (H, HV), joined
         generator = torch.Generator().manual_seed(0)
 
         def weight(*shape: int, std: float) -> nn.Parameter:
@@ -50,6 +59,21 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, documents=None) -> Tensor:
         """`documents`: the table of packed documents, B = 1."""
         mixed = F.linear(x, self.in_proj)
+        if self.joined:
+            y = gated_delta_mixer(
+                mixed,
+                F.linear(x, self.in_proj_ba),
+                conv_weight=self.conv1d,
+                norm_weight=self.out_norm,
+                A_log=self.A_log,
+                dt_bias=self.dt_bias,
+                num_key_heads=self.heads[0],
+                num_value_heads=self.heads[1],
+                key_head_dim=self.K,
+                cu_seqlens=documents,
+                backend=self.backend,
+            )
+            return F.linear(y.flatten(2), self.out_proj)
         beta, alpha = F.linear(x, self.in_proj_ba).chunk(2, -1)
         options = dict(cu_seqlens=documents, backend=self.backend)
         qkv, _ = causal_conv1d(mixed[..., : sum(self.widths)], self.conv1d, **options)

@@ -76,10 +76,14 @@ def kernel_costs(H: int, HV: int, K: int, V: int, *, C: int = 64, size: int = 2)
         "states": Cost(bytes=key + 2 * value + solved + state + 2 * gates, flops=4 * K * V + 2 * C * V),
         "output": Cost(bytes=2 * key + 2 * value + state + gates, flops=2 * K * V + 2 * C * K + 2 * C * V),
         "state_gradients": Cost(
-            bytes=2 * key + 2 * value + solved + state + 2 * gates, flops=6 * K * V + 2 * C * K + 4 * C * V
+            # With the scores, a launch of its own, which reads q and k and writes what is read here.
+            bytes=4 * key + 2 * value + 3 * solved + state + 2 * gates,
+            flops=6 * K * V + 2 * C * K + 4 * C * V,
         ),
         "input_gradients": Cost(
-            bytes=4 * key + 5 * value + 2 * state + 5 * gates, flops=6 * K * V + 8 * C * K + 4 * C * V
+            # dP and E are written, and read again from the cache.
+            bytes=4 * key + 5 * value + 2 * solved + 2 * state + 5 * gates,
+            flops=6 * K * V + 8 * C * K + 4 * C * V,
         ),
     }
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.bench import gpu, rivals, ssd, tune
+from tests.bench import evidence, gpu, rivals, ssd, tune
 from tests.bench.clock import Clock, Limits, Time, measure_limits
 from tests.bench.shapes import (
     BACKWARD_KERNELS,
@@ -47,8 +47,8 @@ BYTES = {
     "prepare": 2 * 256 + 128 + 12,
     "states": 3 * 256 + 128 + 512 + 8,
     "output": 4 * 256 + 512 + 4,
-    "state_gradients": 4 * 256 + 128 + 512 + 8,
-    "input_gradients": 9 * 256 + 1024 + 20,
+    "state_gradients": 6 * 256 + 3 * 128 + 512 + 8,
+    "input_gradients": 9 * 256 + 2 * 128 + 1024 + 20,
 }
 
 
@@ -73,6 +73,15 @@ def test_costs_of_the_state_space_op():
     # 8192 within a chunk per product of P, 16384 for one with a state or for C B^T.
     assert least["forward"].flops == 2 * (8192 + 2 * 16384) + 16384
     assert least["backward"].flops == 2 * (3 * 8192 + 5 * 16384) + 3 * 16384
+
+
+def test_evidence_is_that_of_the_compile_report():
+    """The README's tables follow from its compile report and the costs above; an H100's occupancy by hand."""
+    readme = evidence.README.read_text()
+    assert evidence.tables(readme) in readme, "run python -m tests.bench.evidence --write"
+    # 248 registers of 256 threads: one block; 128: two; 16 KiB a block: thirteen; one warp: 32 blocks at most.
+    assert evidence.occupancy(8, 248, 48) == (1, 1 / 8) and evidence.occupancy(8, 128, 48) == (2, 1 / 4)
+    assert evidence.occupancy(4, 32, 16) == (13, 52 / 64) and evidence.occupancy(1, 24, 0) == (32, 1 / 2)
 
 
 def test_shapes_on_the_gpu():

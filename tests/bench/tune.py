@@ -44,6 +44,7 @@ OPERATORS = {
         "ssd_group_gradients",
         "ssd_head_gradients",
     ),
+    "inputs": ("inputs",),
 }
 
 
@@ -110,7 +111,7 @@ def parse(description: dict):
 
 def operator_call(operator: str, device: torch.device, dtype: torch.dtype, shape: RuleShape):
     """(ours, reference, inputs) of an operator at the sizes of a layer with this rule."""
-    from megatron_gdn.kernels import causal_conv1d, gated_delta_gate, l2norm, rms_norm_gated
+    from megatron_gdn.kernels import causal_conv1d, gated_delta_gate, gated_delta_mixer, l2norm, rms_norm_gated
     from megatron_gdn.kernels.causal_conv1d import causal_conv1d_ref
     from megatron_gdn.kernels.gated_delta_rule.gate import gated_delta_gate_ref
     from megatron_gdn.kernels.gated_rms_norm import rms_norm_gated_ref
@@ -136,6 +137,16 @@ def operator_call(operator: str, device: torch.device, dtype: torch.dtype, shape
         tensors = ssd.inputs(generator, T=T, heads=2 * HV, P=ssd.P, N=ssd.N, dtype=dtype)
         return rivals.state_space(rivals.OURS, "triton"), rivals.state_space("torch", "torch"), tensors
     D = 2 * shape.H * shape.K + HV * shape.V
+    if operator == "inputs":
+        tensors = [normal(1, T, D + HV * shape.V), normal(1, T, 2 * HV), normal(D, 4), normal(shape.V)]
+        tensors += [normal(HV, dtype=torch.float32), normal(HV, dtype=torch.float32)]
+
+        def mix(*x: Tensor, backend: str) -> Tensor:
+            names = ("mixed", "gates", "conv_weight", "norm_weight", "A_log", "dt_bias")
+            heads = dict(num_key_heads=shape.H, num_value_heads=HV, key_head_dim=shape.K)
+            return gated_delta_mixer(**dict(zip(names, x, strict=True)), **heads, backend=backend)
+
+        return lambda *x: mix(*x, backend="triton"), lambda *x: mix(*x, backend="torch"), tensors
     tensors = [normal(1, T, D), normal(D, 4)]
     return lambda *x: causal_conv1d(*x, **backend)[0], lambda *x: causal_conv1d_ref(*x)[0], tensors
 
@@ -169,6 +180,8 @@ def check(row: str, runs: str, shape: RuleShape, device: torch.device) -> None:
         # Beyond one rounding: float32's own, and where products have rounded operands the field's bound for gates.
         more = 2e-2 if runs == "ssd" and dtype != torch.float32 else 2e-5
         limits = {i: 1.02 * rms_error(x.to(ours[i].dtype), x, smallest=1e-30) + more for i, x in exact.items()}
+        if runs == "inputs":  # a chain of operations, each of which rounds
+            limits = dict.fromkeys(exact, 5e-2)
     for name, expected in exact.items():
         assert ours[name].isfinite().all(), f"{name} is not finite"
         error = rms_error(ours[name], expected)
@@ -208,6 +221,8 @@ def sizes_of(row: str, runs: str, shape: RuleShape) -> tuple[int, int]:
         return shape.K, 0 if runs == "prepare" else shape.V
     if runs == "ssd":
         return ssd.N, 0 if row.startswith("ssd_prepare") else ssd.P
+    if runs == "inputs":
+        return shape.K, shape.V
     return 0, {"l2norm": shape.K, "gated_rms_norm": shape.V, "gates": shape.HV}.get(runs, 0)
 
 

@@ -137,14 +137,15 @@ def test_training_steps(stage, groups, precision):
     assert found == pytest.approx(expected, rel=tolerance)
 
 
-def test_functional_layer_equals_torch_backend(stage):
+@pytest.mark.parametrize("joined", [True, False])
+def test_functional_layer_equals_torch_backend(stage, joined):
     """The layer's chain of kernels without Megatron, in bf16: convolution, gate, rule, gated norm."""
     from tests.bench.mixer import Mixer
 
     sizes = dict(hidden_size=512, H=2, HV=4, K=stage.head(128), V=stage.head(128), device=stage.device)
     tokens, found = stage.tokens(1000), []
     for backend, dtype in (("torch", torch.float64), (stage.backend, torch.bfloat16)):
-        mixer = Mixer(**sizes, backend=backend, dtype=dtype)
+        mixer = Mixer(**sizes, backend=backend, dtype=dtype, joined=joined and backend != "torch")
         x = stage.normal(2, tokens, 512, dtype=torch.bfloat16).to(dtype).requires_grad_()
         y = mixer(x)
         found.append([y.detach(), *torch.autograd.grad(y, [x, *mixer.parameters()], output_gradient(y))])

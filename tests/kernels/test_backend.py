@@ -148,6 +148,19 @@ def test_a_known_fault_stops_the_backend(monkeypatch, compiled):
     assert resolve_backend("torch", CUDA) == "torch"
 
 
+def test_a_fault_that_is_avoided_is_said_once(monkeypatch, compiled, caplog):
+    import triton
+
+    for version, expected in (("3.6.0", ["640", "984"]), ("3.9.0", ["984"]), ("3.3.0", [])):
+        backend._check_triton.cache_clear()
+        caplog.clear()
+        monkeypatch.setattr(triton, "__version__", version)
+        assert [resolve_backend("triton", CUDA) for _ in range(2)] == ["triton"] * 2
+        said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert len(said) == len(expected) and all(f"#{n}" in text for n, text in zip(expected, said, strict=True))
+        assert all("python -m megatron_gdn.kernels.selfcheck" in text for text in said)
+
+
 def test_each_known_fault_has_a_verdict():
     assert {"640", "984"} <= {fault.issue.rpartition("#")[2] for fault in guards.KNOWN}
     assert all(fault.verdict in ("wrong", "avoided") and len(fault.reason) > 20 for fault in guards.KNOWN)

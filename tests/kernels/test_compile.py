@@ -44,6 +44,7 @@ def test_budgets_are_enforced(monkeypatch):
     assert problem() is None and problem("sm_80", spilled_bytes=8) is None
     assert problem(spilled_bytes=8) == "spills 8 bytes"
     assert "shared memory 200000 over 166912" in problem("sm_80", shared_bytes=200_000)
+    assert problem(transposed_products=1).startswith("transposes 1 results of dots")
     monkeypatch.setattr(offline, "compile_case", lambda case, arch: 1 / 0)
     assert "does not compile: ZeroDivisionError" in compile_report.compile_one(("x", "sm_90", 0))["problem"]
 
@@ -53,3 +54,37 @@ def test_interpreted_processes_are_refused():
     command = [sys.executable, "-m", "megatron_gdn.kernels.compile_report"]
     found = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert found.returncode == 2 and "TRITON_INTERPRET is set" in found.stderr
+
+
+IR = """
+    %b_x = tt.load %p_x : tensor<64x64x!tt.ptr<bf16>>
+    %zero = arith.constant dense<0.0> : tensor<64x64xf32>
+    %sums:2 = scf.for %i = %c0 to %c2 step %c1 iter_args(%b_a = %zero, %n = %c0) -> (tensor<64x64xf32>, i32) : i32 {
+      %b_t = tt.trans %b_x {order = array<i32: 1, 0>} : tensor<64x64xbf16> -> tensor<64x64xbf16>
+      %b_p = tt.dot %b_x, %b_t, %b_a, inputPrecision = tf32 : tensor<64x64xbf16> -> tensor<64x64xf32>
+      %next = arith.addi %n, %c1 : i32
+      scf.yield %b_p, %next : tensor<64x64xf32>, i32
+    } loc(#loc1)
+    %half = arith.truncf %sums#0 : tensor<64x64xf32> to tensor<64x64xbf16>
+"""
+
+
+def test_transposed_products_are_found():
+    """Of what a loop of dots has summed up; not of what was loaded, stored and loaded again, or counted beside it."""
+    from megatron_gdn.kernels.triton_support.offline import count_transposed_products
+
+    def transposed(value: str) -> str:
+        return f"    %t = tt.trans {value} {{order = array<i32: 1, 0>}} : tensor<64x64xbf16> loc(#loc2)\n"
+
+    assert count_transposed_products(IR) == 0
+    assert count_transposed_products(IR + transposed("%half")) == 1
+    assert count_transposed_products(IR + transposed("%sums#1")) == 0
+    again = "    tt.store %p_x, %half : tensor<64x64x!tt.ptr<bf16>>\n    %b_y = tt.load %p_x : tensor<64x64xbf16>\n"
+    assert count_transposed_products(IR + again + transposed("%b_y")) == 0
+    branch = """    %r = scf.if %c -> (tensor<64x64xbf16>) {
+      scf.yield %b_x : tensor<64x64xbf16>
+    } else {
+      scf.yield %half : tensor<64x64xbf16>
+    }
+"""
+    assert count_transposed_products(IR + branch + transposed("%r")) == 1

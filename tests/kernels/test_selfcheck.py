@@ -8,13 +8,13 @@ from megatron_gdn.kernels import selfcheck
 def test_right_kernels_pass(capsys):
     assert selfcheck.main(["--device", "cpu", "--backend", "torch", "--quick"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count(" ok") == 17 and "all within their bounds" in printed
+    assert printed.count(" ok") == 21 and "all within their bounds" in printed
 
 
 def test_wrong_kernel_is_named(capsys, monkeypatch):
     right = selfcheck.l2norm
     monkeypatch.setattr(selfcheck, "l2norm", lambda x, **options: right(x, **options) * 1.02)
-    for others in ("rule_checks", "state_space_checks"):
+    for others in ("rule_checks", "mixer_checks", "state_space_checks"):
         monkeypatch.setattr(selfcheck, others, lambda *args, **options: iter(()))
     assert selfcheck.main(["--device", "cpu", "--backend", "torch", "--quick"]) == 1
     printed = capsys.readouterr().out

@@ -54,6 +54,7 @@ class Report:
     spilled_bytes: of stack per thread.
     shared_bytes: per block.
     wgmma, mma: tensor-core instructions in the PTX.
+    transposed_products: transposes of what a dot computed; up to Triton 3.7.0 dots of them are wrong on Hopper.
     """
 
     registers: int
@@ -61,6 +62,7 @@ class Report:
     shared_bytes: int
     wgmma: int
     mma: int
+    transposed_products: int = 0
 
 
 def compile_case(case: Case, arch: str) -> Report:
@@ -101,4 +103,60 @@ def compile_case(case: Case, arch: str) -> Report:
         shared_bytes=compiled.metadata.shared,
         wgmma=ptx.count("wgmma.mma_async") + ptx.count("tcgen05.mma"),
         mma=ptx.count("mma.sync"),
+        transposed_products=count_transposed_products(compiled.asm["ttir"]),
     )
+
+
+_VALUE = re.compile(r"%[\w$.-]+(?:#\d+)?")
+
+
+def count_transposed_products(ttir: str) -> int:
+    """Transposes in Triton's IR whose operand comes from a dot, through arithmetic, loops and branches, not memory."""
+    sources: dict[str, set[str]] = {}  # value -> values that it is computed from
+    products, transposed, open_regions = set(), [], []
+    for line in ttir.splitlines():
+        name, operation, rest = _split_line(line)
+        used = {_numbered(value) for value in _VALUE.findall(rest)}
+        if operation == "scf.yield":
+            results, carried = open_regions[-1]
+            for i, value in enumerate(_VALUE.findall(rest)):
+                for target in [f"{results}#{i}", *carried[i : i + 1]]:
+                    sources.setdefault(target, set()).add(_numbered(value))
+        elif operation in ("scf.for", "scf.if", "scf.while") or line.rstrip().split(" loc(")[0].endswith("{"):
+            pairs = re.findall(r"(%[\w$.-]+) = (%[\w$.#-]+)", rest.partition("iter_args(")[2].partition(")")[0])
+            for i, (argument, initial) in enumerate(pairs):
+                for target in (_numbered(argument), f"{name}#{i}"):
+                    sources.setdefault(target, set()).add(_numbered(initial))
+            if "} else" not in line:
+                open_regions.append((name, [_numbered(argument) for argument, _ in pairs]))
+        elif line.strip().startswith("}") and open_regions:
+            open_regions.pop()
+        elif name:
+            target = f"{name}#0"
+            # What is loaded is not what a dot holds in registers.
+            sources[target] = set() if operation == "tt.load" else used
+            if operation == "tt.dot":
+                products.add(target)
+            elif operation == "tt.trans":
+                transposed.append(target)
+    return sum(bool(products & _reached(target, sources)) for target in transposed)
+
+
+def _split_line(line: str) -> tuple[str, str, str]:
+    """Result, operation and the rest of a line of IR; the result without its number of values, or nothing."""
+    found = re.match(r"\s*(?:(%[\w$.-]+)(?::\d+)? = )?\"?([\w.]+)\"?(.*)", line)
+    return (found[1] or "", found[2], found[3]) if found else ("", "", "")
+
+
+def _numbered(value: str) -> str:
+    return value if "#" in value else f"{value}#0"
+
+
+def _reached(value: str, sources: dict[str, set[str]]) -> set[str]:
+    seen, waiting = set(), [value]
+    while waiting:
+        for source in sources.get(waiting.pop(), ()):
+            if source not in seen:
+                seen.add(source)
+                waiting.append(source)
+    return seen
