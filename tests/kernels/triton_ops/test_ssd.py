@@ -79,6 +79,15 @@ def test_extreme_decays(name, dtype):
     check(cast(inputs, dtype), limits)
 
 
+def test_resets_of_minus_1000_leave_slow_decays_as_they_are():
+    """Every ninth step forgets all, exp(-960); sums of such numbers would round away the decays between."""
+    inputs = cast(ssd_inputs(1, 66, 1, 1, 16, 16), torch.float32)
+    resets = torch.arange(66)[:, None] % 9 == 4
+    inputs |= dict(A=torch.full((1,), -16.0), dt=torch.where(resets, 60.0, inputs["dt"] / 1e3))
+    # Each counts as exp(-55) at most: sums of -560, whose neighbours are 6e-5 apart.
+    check(inputs, dict.fromkeys(HALF, 3e-5))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bits(dtype):
     check(cast(ssd_inputs(1, 130, 2, 1, 64, 32), dtype))
