@@ -43,7 +43,7 @@ def tiny(path: Path) -> dict:
     values["optimizer"] |= dict(lr=1e-2, min_lr=1e-3, warmup_tokens=0)
     values["training"] |= dict(
         sequence_length=TOKENS,
-        micro_batch_size=2,
+        micro_batch_size=8,
         global_batch_size=8,
         train_tokens=steps * 8 * TOKENS,
         precision="fp32",
@@ -81,16 +81,19 @@ def test_tiny_recipes_learn(name):
     assert all(b < a + 0.3 for a, b in zip(losses, losses[1:], strict=False))
 
 
+def eight_samples() -> dict[str, torch.Tensor]:
+    """One micro-batch."""
+    samples = [sample(i) for i in range(8)]
+    return {name: torch.stack([each[name] for each in samples]) for name in samples[0]}
+
+
 def losses_on_the_same_samples(config, steps: int = 20):
     from megatron_gdn.training.engine import MegatronEngine
 
     engine = MegatronEngine.build(config, vocab_size=VOCABULARY, device=torch.device("cpu"))
-    size = config.training.micro_batch_size
-    stacked = [[sample(i * size + j) for j in range(size)] for i in range(8 // size)]
-    batches = [{name: torch.stack([s[name] for s in batch]) for name in batch[0]} for batch in stacked]
     losses = []
     for _ in range(steps):
-        total = engine.forward_backward(iter(batches), len(batches))
+        total = engine.forward_backward(iter([eight_samples()]), 1)
         engine.update()
         losses.append(engine.mean_loss(total))
     return losses
@@ -101,8 +104,7 @@ def loss_and_gradients(config) -> tuple[float, dict[str, torch.Tensor]]:
     from megatron_gdn.training.engine import MegatronEngine
 
     engine = MegatronEngine.build(config, vocab_size=VOCABULARY, device=torch.device("cpu"))
-    batches = [[sample(2 * i + j) for j in range(2)] for i in range(4)]
-    total = engine.forward_backward(iter([{n: torch.stack([s[n] for s in b]) for n in b[0]} for b in batches]), 4)
+    total = engine.forward_backward(iter([eight_samples()]), 1)
     for param in engine.model.parameters():
         param.data = param.main_grad.clone()
     return engine.mean_loss(total), stored_weights(engine.model)
