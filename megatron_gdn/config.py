@@ -383,6 +383,32 @@ class TrainingConfig:
 
 
 @_section
+class EngineConfig:
+    """Who drives the model: gradients over data-parallel ranks, states of the optimizer, updates."""
+
+    name: Literal["megatron", "deepspeed"] = "megatron"
+    """megatron: Megatron-Core's DDP and distributed optimizer. deepspeed: ZeRO; parallel.distributed_optimizer and
+    parallel.overlap do not apply."""
+    zero_stage: Annotated[Count, Field(ge=0, le=3)] = 1
+    """What DeepSpeed shards over data-parallel ranks: 1 states of the optimizer, 2 gradients too, 3 weights too."""
+    offload_optimizer: bool = False
+    """Keep and update states of DeepSpeed's optimizer on the CPU (zero_stage 1 to 3)."""
+    deepspeed_config: str | None = None
+    """A ds_config.json whose further settings are used; what it shares with the recipe must agree with it."""
+
+    def __post_init__(self):
+        if self.name == "megatron" and self.deepspeed_config is not None:
+            raise ValueError(
+                f"deepspeed_config ({self.deepspeed_config}) needs name deepspeed: set engine.name=deepspeed."
+            )
+        if self.offload_optimizer and (self.name == "megatron" or self.zero_stage == 0):
+            raise ValueError(
+                f"offload_optimizer (true) needs name deepspeed and zero_stage 1 to 3, not {self.name} and "
+                f"{self.zero_stage}: set engine.name=deepspeed engine.zero_stage=1."
+            )
+
+
+@_section
 class FP8Config:
     """FP8 in the large linear layers; see megatron_gdn/fp8/recipe.py."""
 
@@ -459,6 +485,7 @@ class Config:
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig
     training: TrainingConfig
+    engine: EngineConfig = Field(default_factory=EngineConfig)
     fp8: FP8Config = Field(default_factory=FP8Config)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
@@ -502,6 +529,11 @@ class Config:
                 f"({training.train_steps * training.tokens_per_step}): warm up for less, or train on more."
             )
         self._check_fp8()
+        if self.engine.name == "deepspeed" and parallel.pipeline > 1:
+            raise ValueError(
+                f"parallel.pipeline ({parallel.pipeline}) must be 1 with engine.name=deepspeed, whose ZeRO does not go "
+                "with Megatron's pipeline schedules: use tensor parallelism and a higher zero_stage."
+            )
         wants_validation = training.validation_samples > 0
         if wants_validation and not self.data.validation and not self.data.split:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_gdn.config import Config
@@ -54,24 +56,8 @@ class MegatronEngine:
             vocab_size: tokens of the vocabulary, before padding.
             device: of this rank.
         """
-        dtype = DTYPES[config.training.precision]
-        host_config = transformer_config(
-            config.model,
-            config.parallel,
-            dtype=dtype,
-            # The loss of a step is the mean over its tokens, however they fall into micro-batches and ranks.
-            calculate_per_token_loss=True,
-            **host_options(config.fp8),
-            **_recompute(config.training.recompute),
-        )
-        model = build_model(
-            host_config,
-            config.model,
-            vocab_size=padded_vocab_size(vocab_size, config.model.vocab_multiple),
-            max_sequence_length=config.training.sequence_length,
-            seed=config.run.seed,
-            fp8=config.fp8,
-        ).to(device)
+        host_config, model = build_stage(config, vocab_size=vocab_size, device=device)
+        dtype = host_config.params_dtype
         overlap = config.parallel.overlap
         wrapped = DistributedDataParallel(
             host_config,
@@ -174,6 +160,14 @@ class MegatronEngine:
         loss, num_tokens = total.tolist()
         return loss / max(num_tokens, 1.0)
 
+    def gathered(self, *, modify: bool = False) -> AbstractContextManager:
+        """Whole parameters of this stage inside the block; they always are.
+
+        Args:
+            modify: the block changes them, alike on every data-parallel rank.
+        """
+        return nullcontext()
+
     @property
     def learning_rate(self) -> float:
         """Of the next update."""
@@ -201,6 +195,34 @@ class MegatronEngine:
 
         options = dict(labels=batch["labels"], packed_seq_params=documents)
         return model(batch["tokens"], batch["position_ids"], None, **options), loss_function
+
+
+def build_stage(config: Config, *, vocab_size: int, device: torch.device) -> tuple[TransformerConfig, GPTModel]:
+    """Megatron's configuration, and this rank's pipeline stage on its device.
+
+    Args:
+        config: the run.
+        vocab_size: tokens of the vocabulary, before padding.
+        device: of this rank.
+    """
+    host_config = transformer_config(
+        config.model,
+        config.parallel,
+        dtype=DTYPES[config.training.precision],
+        # The loss of a step is the mean over its tokens, however they fall into micro-batches and ranks.
+        calculate_per_token_loss=True,
+        **host_options(config.fp8),
+        **_recompute(config.training.recompute),
+    )
+    model = build_model(
+        host_config,
+        config.model,
+        vocab_size=padded_vocab_size(vocab_size, config.model.vocab_multiple),
+        max_sequence_length=config.training.sequence_length,
+        seed=config.run.seed,
+        fp8=config.fp8,
+    ).to(device)
+    return host_config, model
 
 
 def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

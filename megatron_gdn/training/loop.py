@@ -44,6 +44,7 @@ def pretrain(config: Config, *, resume: bool = False) -> None:
     check_alignment(config)
     check_validation(config, launch.world_size)
     get_provider(config.model.provider)
+    engine_type(config)
     shards, entries = None, config.data.train + config.data.validation
     if config.data.streams:
         shards, entries = find_shards(config.data), config.data.validation
@@ -60,6 +61,20 @@ def pretrain(config: Config, *, resume: bool = False) -> None:
             trainer.train()
         finally:
             shutdown()
+
+
+def engine_type(config: Config) -> type[MegatronEngine]:
+    """The class that drives the model.
+
+    Raises:
+        MissingPackageError: DeepSpeed is asked for and cannot be used.
+    """
+    if config.engine.name == "megatron":
+        return MegatronEngine
+    from megatron_gdn.training.deepspeed_engine import DeepSpeedEngine, import_deepspeed
+
+    import_deepspeed()
+    return DeepSpeedEngine
 
 
 def check_validation(config: Config, world_size: int) -> None:
@@ -124,13 +139,14 @@ class Trainer:
         )
         self.train_set, self.validation_set = self._build_datasets(vocabulary, shards)
         self.vocab_size = vocabulary.size
-        self.engine = MegatronEngine.build(config, vocab_size=vocabulary.size, device=device)
+        self.engine = engine_type(config).build(config, vocab_size=vocabulary.size, device=device)
         self.state = TrainState(
             model=self.engine.model,
             optimizer=self.engine.optimizer,
             scheduler=self.engine.scheduler,
             vocabulary=vocabulary,
             data_key=data_key(config.data.train, shards),
+            gathered=self.engine.gathered,
         )
         self.store = CheckpointStore(output_dir / "checkpoints", keep=config.checkpoint.keep)
         self.timer = StepTimer()

@@ -1,6 +1,8 @@
 """Everything a run needs to continue: what goes into a checkpoint and comes back."""
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -34,6 +36,7 @@ class TrainState:
     optimizer, scheduler: Megatron's.
     vocabulary: of the data, for those who read the checkpoint without it.
     data_key: name of the contents of data.train, see `data_key`.
+    gathered: makes parameters whole inside a block, see MegatronEngine.
     step: optimizer steps done.
     consumed_samples: samples of the training order that were used; also the position in the data.
     """
@@ -43,6 +46,7 @@ class TrainState:
     scheduler: OptimizerParamScheduler
     vocabulary: Vocabulary
     data_key: str
+    gathered: Callable[..., AbstractContextManager] = nullcontext
     step: int = 0
     consumed_samples: int = 0
 
@@ -72,7 +76,8 @@ class TrainState:
             "data_key": self.data_key,
             "config": asdict(config),
         }
-        store.save(self.step, self.sharded(loading=False), info=info)
+        with self.gathered():
+            store.save(self.step, self.sharded(loading=False), info=info)
 
     @torch.no_grad()
     def load(self, store: CheckpointStore, config: Config) -> bool:
@@ -100,8 +105,9 @@ class TrainState:
         same_layout = info["world_size"] == torch.distributed.get_world_size() and saved.parallel == config.parallel
         if not same_layout:
             logger.info("the layout differs from the checkpoint's: the random generators start from the seed")
-        loaded = store.load(path, self.sharded(loading=True, with_rng=same_layout))
-        self.model.load_state_dict(loaded["model"])
+        with self.gathered(modify=True):
+            loaded = store.load(path, self.sharded(loading=True, with_rng=same_layout))
+            self.model.load_state_dict(loaded["model"])
         self.optimizer.load_state_dict(loaded["optimizer"])
         self.scheduler.load_state_dict(loaded["scheduler"])
         if same_layout:
@@ -120,8 +126,9 @@ class TrainState:
         if path is None:
             raise CheckpointError(f"checkpoint.initial_weights ({store.root}) holds no checkpoint.")
         groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-        loaded = store.load(path, {"model": self.model.sharded_state_dict(metadata={**_SHARDING, **groups})})
-        self.model.load_state_dict(loaded["model"])
+        with self.gathered(modify=True):
+            loaded = store.load(path, {"model": self.model.sharded_state_dict(metadata={**_SHARDING, **groups})})
+            self.model.load_state_dict(loaded["model"])
         self.optimizer.reload_model_params()
 
 

@@ -1,0 +1,331 @@
+"""DeepSpeed as the engine: ZeRO 0 to 3 and offloading, over the same model, data, schedule and checkpoints.
+
+The model is Megatron's, with its tensor and sequence parallelism; DeepSpeed reduces gradients over data-parallel ranks,
+shards states and updates. Checkpoints are those of the engine megatron, so either engine continues what the other
+saved, at any layout.
+"""
+
+import itertools
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorFactory
+from torch import Tensor
+
+from megatron_gdn.config import Config
+from megatron_gdn.optional import require
+from megatron_gdn.training.deepspeed_config import deepspeed_config
+from megatron_gdn.training.engine import MegatronEngine, build_scheduler, build_stage
+from megatron_gdn.training.packing import Batch
+
+logger = logging.getLogger(__name__)
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_STORED = ("is_expert_parallel", "default_config", "wd_mult", "lr_mult", "is_decoupled_lr", "max_lr", "min_lr")
+_STORED += ("lr", "betas", "eps", "weight_decay")
+"""Fields of a parameter group that Megatron stores and looks for."""
+
+
+def import_deepspeed() -> ModuleType:
+    """DeepSpeed, kept from compiling a kernel for its shared-memory collectives, which takes minutes and is not used.
+
+    Raises:
+        MissingPackageError: not installed, or it does not import.
+    """
+    deepspeed = require("deepspeed", extra="deepspeed", purpose="engine.name=deepspeed")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+class _Groups:
+    """Megatron's process groups under the names by which DeepSpeed asks; context-parallel ranks are data-parallel."""
+
+    @staticmethod
+    def get_model_parallel_group():
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @staticmethod
+    def get_model_parallel_rank() -> int:
+        return parallel_state.get_tensor_model_parallel_rank()
+
+    @staticmethod
+    def get_model_parallel_world_size() -> int:
+        return parallel_state.get_tensor_model_parallel_world_size()
+
+    @staticmethod
+    def get_data_parallel_group():
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    @staticmethod
+    def get_data_parallel_group_ranks() -> list[int]:
+        return dist.get_process_group_ranks(_Groups.get_data_parallel_group())
+
+    @staticmethod
+    def get_data_parallel_rank() -> int:
+        return parallel_state.get_data_parallel_rank(with_context_parallel=True)
+
+    @staticmethod
+    def get_data_parallel_world_size() -> int:
+        return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+
+
+@dataclass(kw_only=True)
+class DeepSpeedStates:
+    """The optimizer as checkpoints and the schedule see it: states of whole parameters, keys of Megatron's optimizer.
+
+    wrapped: DeepSpeed's engine.
+    params: the stage's parameters that are trained.
+    """
+
+    wrapped: Any
+    params: list[torch.nn.Parameter]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups of the optimizer, whose learning rate and decay the schedule sets."""
+        return self.wrapped.optimizer.param_groups
+
+    def sharded_state_dict(self, model: dict[str, Any], *, is_loading: bool, metadata: dict) -> dict[str, Any]:
+        """Megatron's sharded state dict, "fully reshardable"; collective over data-parallel ranks.
+
+        Args:
+            model: sharded state dict of the model, made with whole parameters.
+            is_loading: only shapes matter.
+            metadata: ignored.
+        """
+        by_param, _ = extract_matching_values(model, lambda x: isinstance(x, ShardedBase))
+        by_param = {id(sharded.data): sharded for sharded in nested_values(by_param)}
+        states = {}
+        for i, param in enumerate(self.params):
+            sharded = by_param[id(param)]
+            values = self._zeros(sharded) if is_loading else self._states(param)
+            states[i] = {
+                name: _like(sharded, f"optimizer.state.{name}.{sharded.key}", value) for name, value in values.items()
+            }
+        groups = [{name: group[name] for name in _STORED} | {"step": self._step} for group in self.param_groups]
+        return {
+            "optimizer": {"param_groups": groups},
+            "param_state": states,
+            "param_state_sharding_type": "fully_reshardable",
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take states that `sharded_state_dict` of this or of Megatron's optimizer described."""
+        for i, param in enumerate(self.params):
+            values = state["param_state"][i]
+            self._set(param, values)
+        step = max(group["step"] for group in state["optimizer"]["param_groups"])
+        for states in self._base.state.values():
+            if "step" in states:
+                states["step"] = torch.full_like(torch.as_tensor(states["step"], dtype=torch.float32), float(step))
+
+    def reload_model_params(self) -> None:
+        """Take the model's weights as the new master weights."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        with gathered(self.wrapped, self.params):
+            for param in self.params:
+                safe_set_full_fp32_param(param, param.detach().float())
+
+    @property
+    def _base(self) -> torch.optim.Optimizer:
+        optimizer = self.wrapped.optimizer
+        return getattr(optimizer, "optimizer", optimizer)
+
+    @property
+    def _step(self) -> int:
+        steps = [int(states["step"]) for states in self._base.state.values() if "step" in states]
+        return max(steps, default=0)
+
+    @staticmethod
+    def _zeros(sharded: ShardedBase) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(sharded.data, dtype=torch.float32) for name in ("param", *_MOMENTS)}
+
+    def _states(self, param: torch.nn.Parameter) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if not _is_sharded(param):
+            states = self._base.state[param]
+            return {"param": param.detach().float(), **{name: states[name] for name in _MOMENTS}}
+        values = {"param": safe_get_full_fp32_param(param)}
+        values |= {name: safe_get_full_optimizer_state(param, name) for name in _MOMENTS}
+        return {name: value.reshape(_shape(param)) for name, value in values.items()}
+
+    def _set(self, param: torch.nn.Parameter, values: dict[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if not _is_sharded(param):
+            param.copy_(values["param"])
+            states = self._base.state[param]
+            states.setdefault("step", torch.zeros(()))
+            states |= {name: values[name].clone() for name in _MOMENTS}
+            return
+        safe_set_full_fp32_param(param, values["param"])
+        for name in _MOMENTS:
+            safe_set_full_optimizer_state(param, values[name], name)
+
+
+def _is_sharded(param: torch.nn.Parameter) -> bool:
+    """Whether ZeRO keeps a master copy of the parameter."""
+    return hasattr(param, "ds_id") or getattr(param, "_hp_mapping", None) is not None
+
+
+def _shape(param: torch.nn.Parameter) -> torch.Size:
+    return getattr(param, "ds_shape", param.shape)
+
+
+def _like(sharded: ShardedBase, key: str, data: Tensor) -> ShardedBase:
+    """A tensor that lies on disk as a parameter does."""
+    changes = dict(key=key, data=data)
+    if not isinstance(sharded, ShardedTensorFactory):
+        changes["dtype"] = data.dtype
+    return replace(sharded, **changes)
+
+
+def gathered(wrapped, params: list[torch.nn.Parameter], *, modify: bool = False) -> AbstractContextManager:
+    """Whole parameters inside the block, where ZeRO 3 shards them.
+
+    Args:
+        wrapped: DeepSpeed's engine.
+        params: of the model.
+        modify: the block changes them, alike on every rank.
+    """
+    if not any(hasattr(param, "ds_id") for param in params):
+        return nullcontext()
+    import deepspeed
+
+    first = dist.get_global_rank(_Groups.get_data_parallel_group(), 0)
+    return deepspeed.zero.GatheredParameters(params, modifier_rank=first if modify else None)
+
+
+@dataclass(kw_only=True)
+class DeepSpeedEngine(MegatronEngine):
+    """A model with its optimizer and schedule, driven by DeepSpeed; fields as of MegatronEngine."""
+
+    @classmethod
+    def build(cls, config: Config, *, vocab_size: int, device: torch.device) -> "DeepSpeedEngine":
+        """Build this rank's model; needs Megatron's process groups. Arguments as of MegatronEngine."""
+        deepspeed = import_deepspeed()
+        _, model = build_stage(config, vocab_size=vocab_size, device=device)
+        params = [param for param in model.parameters() if param.requires_grad]
+        if config.parallel.sequence:
+            _sum_over_tokens(params)
+        settings = config.optimizer
+        options = dict(betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
+        optimizer = torch.optim.AdamW(_param_groups(model, config), lr=settings.lr, **options)
+        wrapped, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config, _Groups.get_data_parallel_world_size()),
+            mpu=_Groups(),
+            dist_init_required=False,
+        )
+        states = DeepSpeedStates(wrapped=wrapped, params=params)
+        return cls(
+            config=config,
+            model=model,
+            wrapped=wrapped,
+            optimizer=states,
+            scheduler=build_scheduler(config, states),
+            device=device,
+        )
+
+    def forward_backward(
+        self, batches: Iterator[Batch], num_microbatches: int, *, forward_only: bool = False
+    ) -> Tensor:
+        """Run the micro-batches of one step; arguments and result as of MegatronEngine."""
+        taken = list(itertools.islice(batches, num_microbatches))
+        scale = 0.0
+        if not forward_only:
+            # DeepSpeed averages over passes and ranks; the loss is a mean over tokens, which must be counted before.
+            # Context-parallel ranks have the same samples here and cut their tokens out later.
+            num_tokens = torch.stack([batch["loss_mask"].sum() for batch in taken]).sum().to(self.device)
+            dist.all_reduce(num_tokens, group=parallel_state.get_data_parallel_group())
+            scale = num_microbatches * _Groups.get_data_parallel_world_size() / max(num_tokens.item(), 1.0)
+        total = torch.zeros(2, device=self.device)
+        for i, batch in enumerate(taken):
+            losses, loss_function = self._forward_step(iter([batch]), self.wrapped)
+            loss, _, stats = loss_function(losses)
+            total += stats["loss"]
+            if not forward_only:
+                self.wrapped.backward(loss * scale)
+                if i < num_microbatches - 1:
+                    self.wrapped.step()  # no update before the last pass
+        return total
+
+    def update(self) -> float:
+        """Clip, step the optimizer and the schedule.
+
+        Returns:
+            The global gradient norm before clipping.
+
+        Raises:
+            FloatingPointError: the norm is not finite; DeepSpeed has updated the weights by then.
+        """
+        self.wrapped.step()
+        grad_norm = float(self.wrapped.get_global_grad_norm())
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"the gradient norm is not finite ({grad_norm}) and the weights are lost: resume from the last "
+                "checkpoint with a lower optimizer.lr, or look for bad data in this step."
+            )
+        self.scheduler.step(self.config.training.global_batch_size)
+        return grad_norm
+
+    def sync_parameters(self) -> None:
+        """Nothing to gather: `gathered` does it where it is needed."""
+
+    def gathered(self, *, modify: bool = False) -> AbstractContextManager:
+        """Whole parameters inside the block, see the function of this name."""
+        return gathered(self.wrapped, self.optimizer.params, modify=modify)
+
+
+def _sum_over_tokens(params: list[torch.nn.Parameter]) -> None:
+    """Under sequence parallelism each rank sees a part of the tokens: sum gradients of what all of them hold.
+
+    Megatron does so after the backward pass, which is too late here: ZeRO reduces and frees gradients during it.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+
+    def summed(grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=group)
+        return grad
+
+    for param in params:
+        if getattr(param, "sequence_parallel", False):
+            param.register_hook(summed)
+
+
+def _param_groups(model: torch.nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Groups as Megatron makes them: vectors have no weight decay, float32 parameters of a bf16 model are apart."""
+    settings = config.optimizer
+    groups: dict[tuple, list[torch.nn.Parameter]] = {}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            decays = param.ndim > 1 and not name.endswith(".bias")
+            groups.setdefault((not decays, str(param.dtype)), []).append(param)
+    return [
+        {
+            "params": params,
+            "weight_decay": 0.0 if vectors else settings.weight_decay,
+            "wd_mult": 0.0 if vectors else 1.0,
+            "lr_mult": 1.0,
+            "is_expert_parallel": False,
+            "is_decoupled_lr": False,
+            "default_config": not vectors,
+            "max_lr": settings.lr,
+            "min_lr": settings.min_lr,
+        }
+        for (vectors, _), params in sorted(groups.items(), key=lambda item: item[0])
+    ]
