@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := dev,preprocess,convert
+EXTRAS := dev,preprocess,convert,deepspeed
 
 .PHONY: venv test lint demo gpu gpu-correctness gpu-layer gpu-bench bench clean
 

@@ -31,7 +31,7 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]"],
-        "deepspeed": ["deepspeed"],
+        "deepspeed": ["deepspeed>=0.19.8"],
         "fla": ["flash-linear-attention"],
         "triton": ["triton"],  # CUDA builds of torch bring it; needed on a CPU only for the interpreter
         "convert": ["transformers", "safetensors"],

@@ -8,6 +8,7 @@ saved, at any layout.
 import itertools
 import logging
 import math
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ def import_deepspeed() -> ModuleType:
         MissingPackageError: not installed, or it does not import.
     """
     deepspeed = require("deepspeed", extra="deepspeed", purpose="engine.name=deepspeed")
+    os.environ.setdefault("LOCAL_RANK", "0")  # it insists; torchrun sets it, a process on its own is the first
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
@@ -102,6 +104,7 @@ class DeepSpeedStates:
             is_loading: only shapes matter.
             metadata: ignored.
         """
+        self._make_states()
         by_param, _ = extract_matching_values(model, lambda x: isinstance(x, ShardedBase))
         by_param = {id(sharded.data): sharded for sharded in nested_values(by_param)}
         states = {}
@@ -121,9 +124,9 @@ class DeepSpeedStates:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take states that `sharded_state_dict` of this or of Megatron's optimizer described."""
+        self._make_states()
         for i, param in enumerate(self.params):
-            values = state["param_state"][i]
-            self._set(param, values)
+            self._set(param, state["param_state"][i])
         step = max(group["step"] for group in state["optimizer"]["param_groups"])
         for states in self._base.state.values():
             if "step" in states:
@@ -141,6 +144,22 @@ class DeepSpeedStates:
     def _base(self) -> torch.optim.Optimizer:
         optimizer = self.wrapped.optimizer
         return getattr(optimizer, "optimizer", optimizer)
+
+    def _make_states(self) -> None:
+        """States of the optimizer where there are none yet, tied to their parameters."""
+        optimizer = self.wrapped.optimizer
+        flat = getattr(optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3
+        if flat is None:
+            flat = [param for group in self._base.param_groups for param in group["params"]]
+        for param in flat:
+            if not self._base.state.get(param):
+                zeros = {name: torch.zeros_like(param) for name in _MOMENTS}
+                self._base.state[param] = {"step": torch.zeros(()), **zeros}
+        if hasattr(optimizer, "_hp_optimizer_states_linked"):
+            # ZeRO 1 and 2 tie parameters to their states once, after the first group's first step, when the other groups
+            # have none (deepspeed 0.19.8, stage_1_and_2.py).
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
 
     @property
     def _step(self) -> int:
@@ -177,7 +196,7 @@ class DeepSpeedStates:
 
 def _is_sharded(param: torch.nn.Parameter) -> bool:
     """Whether ZeRO keeps a master copy of the parameter."""
-    return hasattr(param, "ds_id") or getattr(param, "_hp_mapping", None) is not None
+    return hasattr(param, "ds_id") or hasattr(param, "_hp_mapping")
 
 
 def _shape(param: torch.nn.Parameter) -> torch.Size:
@@ -204,8 +223,7 @@ def gathered(wrapped, params: list[torch.nn.Parameter], *, modify: bool = False)
         return nullcontext()
     import deepspeed
 
-    first = dist.get_global_rank(_Groups.get_data_parallel_group(), 0)
-    return deepspeed.zero.GatheredParameters(params, modifier_rank=first if modify else None)
+    return deepspeed.zero.GatheredParameters(params, modifier_rank=0 if modify else None)
 
 
 @dataclass(kw_only=True)
@@ -215,7 +233,6 @@ class DeepSpeedEngine(MegatronEngine):
     @classmethod
     def build(cls, config: Config, *, vocab_size: int, device: torch.device) -> "DeepSpeedEngine":
         """Build this rank's model; needs Megatron's process groups. Arguments as of MegatronEngine."""
-        deepspeed = import_deepspeed()
         _, model = build_stage(config, vocab_size=vocab_size, device=device)
         params = [param for param in model.parameters() if param.requires_grad]
         if config.parallel.sequence:
@@ -223,13 +240,7 @@ class DeepSpeedEngine(MegatronEngine):
         settings = config.optimizer
         options = dict(betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
         optimizer = torch.optim.AdamW(_param_groups(model, config), lr=settings.lr, **options)
-        wrapped, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=deepspeed_config(config, _Groups.get_data_parallel_world_size()),
-            mpu=_Groups(),
-            dist_init_required=False,
-        )
+        wrapped = _wrap(model, optimizer, deepspeed_config(config, _Groups.get_data_parallel_world_size()))
         states = DeepSpeedStates(wrapped=wrapped, params=params)
         return cls(
             config=config,
@@ -272,8 +283,14 @@ class DeepSpeedEngine(MegatronEngine):
         Raises:
             FloatingPointError: the norm is not finite; DeepSpeed has updated the weights by then.
         """
+        grad_norm = None
+        if self.config.engine.zero_stage == 0 and self.config.training.precision == "fp32":
+            from deepspeed.runtime.utils import clip_grad_norm_
+
+            # Without ZeRO it clips by a norm that it does not tell; this call clips nothing.
+            grad_norm = clip_grad_norm_(self.optimizer.params, math.inf, mpu=_Groups())
         self.wrapped.step()
-        grad_norm = float(self.wrapped.get_global_grad_norm())
+        grad_norm = float(self.wrapped.get_global_grad_norm() if grad_norm is None else grad_norm)
         if not math.isfinite(grad_norm):
             raise FloatingPointError(
                 f"the gradient norm is not finite ({grad_norm}) and the weights are lost: resume from the last "
@@ -288,6 +305,27 @@ class DeepSpeedEngine(MegatronEngine):
     def gathered(self, *, modify: bool = False) -> AbstractContextManager:
         """Whole parameters inside the block, see the function of this name."""
         return gathered(self.wrapped, self.optimizer.params, modify=modify)
+
+
+def _wrap(model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]):
+    """DeepSpeed's engine around a model; what `deepspeed.initialize` does, but for the class."""
+    deepspeed = import_deepspeed()
+
+    class Engine(deepspeed.DeepSpeedEngine):
+        def _cast_module_mixed_precision(self, *args, **kwargs):
+            # The model has its dtypes, and under bf16 its gates stay in float32.
+            pass
+
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
+    return Engine(
+        args=None,
+        model=model,
+        optimizer=optimizer,
+        mpu=_Groups(),
+        dist_init_required=False,
+        config=settings,
+        config_class=deepspeed.DeepSpeedConfig(settings, _Groups()),
+    )
 
 
 def _sum_over_tokens(params: list[torch.nn.Parameter]) -> None:

@@ -10,7 +10,13 @@ from tests.ranks import pool
 STEPS, SAMPLES, TOKENS, VOCABULARY = 3, 8, 72, 250  # 72 tokens are more than a chunk; 250 are padded to 256
 
 
-def run_config(pattern: str = "G-*-G-G-", parallel: dict | None = None, training: dict | None = None, **model):
+def run_config(
+    pattern: str = "G-*-G-G-",
+    parallel: dict | None = None,
+    training: dict | None = None,
+    engine: dict | None = None,
+    **model,
+):
     """A tiny hybrid: HV = 2 H, K != V, attention with grouped heads."""
     return parse_config(
         {
@@ -30,6 +36,7 @@ def run_config(pattern: str = "G-*-G-G-", parallel: dict | None = None, training
                 **model,
             },
             "parallel": parallel or {},
+            "engine": engine or {},
             # Adam turns rounding of near-zero gradients into full steps; this epsilon keeps the update smooth there.
             "optimizer": {"lr": 3e-3, "clip_grad": 0.5, "epsilon": 1e-4},
             "training": {
@@ -54,24 +61,32 @@ def sample(index: int) -> dict[str, torch.Tensor]:
 
 def train_steps(config, steps: int = STEPS) -> dict:
     """Losses, gradient norms, and the weights by name with tensor-parallel rows where this rank has them."""
+    from megatron_gdn.training.loop import engine_type
+
+    engine = engine_type(config).build(config, vocab_size=VOCABULARY, device=torch.device("cpu"))
+    losses, norms = run_steps(engine, range(steps))
+    engine.sync_parameters()
+    with engine.gathered():
+        return dict(losses=losses, norms=norms, weights=stored_weights(engine.model))
+
+
+def run_steps(engine, steps: range) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of these steps of the endless corpus."""
     from megatron.core import parallel_state
 
-    from megatron_gdn.training.engine import MegatronEngine
-
-    engine = MegatronEngine.build(config, vocab_size=VOCABULARY, device=torch.device("cpu"))
+    config = engine.config
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     per_pass = config.training.micro_batch_size
     count = SAMPLES // (per_pass * size)
     losses, norms = [], []
-    for step in range(steps):
+    for step in steps:
         starts = [step * SAMPLES + (i * size + rank) * per_pass for i in range(count)]
         batches = [[sample(start + j) for j in range(per_pass)] for start in starts]
         stacked = [{name: torch.stack([s[name] for s in batch]) for name in batch[0]} for batch in batches]
         total = engine.forward_backward(iter(stacked), count)
         norms.append(engine.update())
         losses.append(engine.mean_loss(total))
-    engine.sync_parameters()
-    return dict(losses=losses, norms=norms, weights=stored_weights(engine.model))
+    return losses, norms
 
 
 def stored_weights(model) -> dict[str, torch.Tensor]:
