@@ -156,8 +156,8 @@ class DeepSpeedStates:
                 zeros = {name: torch.zeros_like(param) for name in _MOMENTS}
                 self._base.state[param] = {"step": torch.zeros(()), **zeros}
         if hasattr(optimizer, "_hp_optimizer_states_linked"):
-            # ZeRO 1 and 2 tie parameters to their states once, after the first group's first step, when the other groups
-            # have none (deepspeed 0.19.8, stage_1_and_2.py).
+            # ZeRO 1 and 2 tie parameters to their states once, after the first step of the first group, when the other
+            # groups have none (deepspeed 0.19.8, stage_1_and_2.py).
             optimizer._hp_optimizer_states_linked = False
             optimizer._lazy_init_hp_params_optimizer_state()
 

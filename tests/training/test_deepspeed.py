@@ -62,7 +62,7 @@ def two_steps(config, folder: str, *, resume: bool) -> dict:
 
     engine = engine_type(config).build(config, vocab_size=VOCABULARY, device=torch.device("cpu"))
     parts = {name: getattr(engine, name) for name in ("model", "optimizer", "scheduler", "gathered")}
-    state = TrainState(vocabulary=Vocabulary(size=VOCABULARY, eod_id=0), **parts)
+    state = TrainState(vocabulary=Vocabulary(size=VOCABULARY, eod_id=0), data_key="", **parts)
     store = CheckpointStore(Path(folder))
     if resume:
         assert state.load(store, config)
