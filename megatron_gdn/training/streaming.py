@@ -140,6 +140,9 @@ def read_texts(path: str, field: str) -> Iterator[str]:
 class StreamedDataset(Dataset):
     """Samples of tokenised shards, by number; quick where each lane is read in rising order.
 
+    Of several processes that read ahead each tokenises the lanes of its own micro-batches; where the micro-batches of a
+    step are no multiple of the processes, a lane is tokenised by more than one of them.
+
     Args:
         shards: from `find_shards`.
         num_samples: to provide, over as many epochs as they take.
