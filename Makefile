@@ -20,8 +20,11 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Each worker takes whole files, and keeps pools of up to 8 ranks.
+TEST_WORKERS ?= 2
+
 test: lint
-	$(BIN)/python -m pytest tests --ignore tests/gpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/gpu -n $(TEST_WORKERS) --dist loadfile
 
 # On a machine with a GPU: make gpu [PART=correctness|layer|bench], each under 9 minutes. It takes the python at hand,
 # which needs torch, Triton, numpy and pytest; what needs Megatron-Core is skipped without it.

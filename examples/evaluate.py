@@ -21,7 +21,7 @@ from megatron_gdn.training.setup import Launch, choose_device, ignore_host_warni
 from tools.convert.checkpoint import MegatronCheckpoint
 from tools.convert.errors import ConvertError
 from tools.preprocess.encode import load_tokenizer
-from tools.preprocess.readers import ArgumentError
+from tools.preprocess.sources import ArgumentError
 
 
 def parse_numbers(text: str) -> list[int]:
