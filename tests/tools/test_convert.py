@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from megatron_gdn.training.metrics import read_metrics
 from tests.ranks import pool
 from tests.training import runs
 from tests.training.test_engine import run_config
-from tools.convert import hf_to_megatron, megatron_to_hf
+from tools.convert import hf_to_megatron, megatron_to_hf, verify
 from tools.convert.architecture import Architecture
 from tools.convert.checkpoint import MegatronCheckpoint
 from tools.convert.errors import ConvertError
@@ -45,7 +44,8 @@ def randomized_checkpoint(path: Path, model: dict, parallel: dict):
     info = {"step": 1, "config": asdict(config), "vocabulary": {"size": VOCABULARY, "eod_id": 0}}
     CheckpointStore(path).save(1, {"model": gpt.sharded_state_dict()}, info=info)
     with torch.no_grad():
-        return None if parallel else gpt.eval()(text(), positions(), None)[..., :VOCABULARY]
+        # With tensor parallelism this rank's columns of them.
+        return None if "pipeline" in parallel else gpt.eval()(text(), positions(), None)
 
 
 def text() -> torch.Tensor:
@@ -72,12 +72,10 @@ def logits_of(path: Path, model: dict):
 
 
 def transformers_logits(folder: Path) -> torch.Tensor:
-    transformers = pytest.importorskip("transformers", reason="pip install -e '.[convert]'")
-    # Installed, fla would be bound at import and does not run on a CPU.
-    sys.modules.setdefault("fla", None)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        return model.eval()(text(), use_cache=False).logits
+    pytest.importorskip("transformers", reason="pip install -e '.[convert]'")
+    name = json.loads((folder / "config.json").read_text())["model_type"]
+    *_, logits = verify.transformers_hidden_states(folder, name, text())
+    return logits
 
 
 PURE = dict(pattern="G-G-G-", linear_num_key_heads=2, linear_num_value_heads=4)
@@ -110,7 +108,7 @@ def checkpoints(tmp_path_factory):
     for i, (name, model) in enumerate(MODELS.items()):
         path = root / str(i)
         [logits] = pool(1).run(randomized_checkpoint, path, model, {}, groups={})
-        found[name] = (path, logits)
+        found[name] = (path, logits[..., :VOCABULARY])
     return found
 
 
@@ -134,7 +132,12 @@ def test_layout_does_not_matter(checkpoints, tmp_path, parallel):
         tensor_model_parallel_size=parallel.get("tensor", 1),
         pipeline_model_parallel_size=parallel.get("pipeline", 1),
     )
-    pool(2).run(randomized_checkpoint, tmp_path / "checkpoint", MODELS["pure"], parallel, groups=groups)
+    parts = pool(2).run(randomized_checkpoint, tmp_path / "checkpoint", MODELS["pure"], parallel, groups=groups)
+    qwen = export(tmp_path / "checkpoint", tmp_path / "qwen", "--format", "qwen3_5_text")
+    assert verify.main([str(tmp_path / "checkpoint"), str(qwen)]) == 0
+    if "tensor" in parallel:  # the logits of the sharded model itself
+        logits = torch.cat(parts, dim=-1)[..., :VOCABULARY]
+        assert (transformers_logits(qwen) - logits).abs().max() < 1e-4
     sharded = SafetensorsFolder(export(tmp_path / "checkpoint", tmp_path / "hf"))
     whole = SafetensorsFolder(export(checkpoints["pure"][0], tmp_path / "whole"))
     assert sharded.keys() == whole.keys()
@@ -184,6 +187,27 @@ def test_imported_model_trains_on(checkpoints, tmp_path):
     assert after[0] == pytest.approx(before[-1], rel=1e-6)
     assert after[-1] != after[0]
     export(tmp_path / "second", tmp_path / "hf2")
+
+
+def test_optimizers_float32_weights_can_be_exported(tmp_path):
+    """--weights master: the model's bfloat16 weights are their rounding, and something is lost in it."""
+    prefix = runs.write_dataset(tmp_path)
+    values = {
+        "model": {"pattern": "G-G-", "vocab_multiple": 4},
+        "training": {"precision": "bf16", "train_tokens": 2 * 128},
+        "optimizer": {"warmup_tokens": 0},
+    }
+    runs.run(runs.settings(prefix, tmp_path / "run", **values))
+    model = SafetensorsFolder(export(tmp_path / "run", tmp_path / "model"))
+    master = SafetensorsFolder(export(tmp_path / "run", tmp_path / "master", "--weights", "master"))
+    assert model.keys() == master.keys()
+    lost = 0
+    for key in model.keys():
+        assert master.dtype(key) == torch.float32
+        narrow = torch.float32 if key.endswith(("A_log", "dt_bias")) else torch.bfloat16
+        assert torch.equal(master.read(key).to(narrow), model.read(key).to(narrow)), key
+        lost += int((master.read(key) != model.read(key).float()).sum())
+    assert lost > 1000
 
 
 def test_gates_and_norms_stay_in_float32(checkpoints, tmp_path):
@@ -260,7 +284,20 @@ def change(folder: Path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def swap_files(folder: Path):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    a, b, *_ = sorted(set(index["weight_map"].values()))
+    index["weight_map"] = {key: {a: b, b: a}.get(name, name) for key, name in index["weight_map"].items()}
+    path.write_text(json.dumps(index))
+
+
 HOSTILE = {
+    "wrong index": (swap_files, "and .*index.json says otherwise"),
+    "index that is none": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"x": 5}}'),
+        "is not an index of safetensors",
+    ),
     "cut file": (cut, "cannot be read as safetensors"),
     "missing file": (lambda f: sorted(f.glob("*.safetensors"))[1].unlink(), "does not exist, and .* names it"),
     "unknown type": (lambda f: change(f, model_type="kda"), r"model_type \(kda\) must be one of"),

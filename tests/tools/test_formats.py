@@ -3,7 +3,7 @@
 import argparse
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from megatron_gdn.config import load_config
+from tests.ranks import pool
 from tests.tools import checkpoints
-from tools.convert import hf_to_megatron, lit_gpt_to_megatron, megatron_to_hf
+from tests.training.test_engine import run_config
+from tools.convert import hf_to_megatron, lit_gpt_to_megatron, megatron_to_hf, own, verify
 from tools.convert.architecture import Architecture, expected_shapes
 from tools.convert.checkpoint import MegatronCheckpoint
 from tools.convert.formats import REFUSED, choose_format, read_architecture
@@ -217,7 +219,64 @@ def test_copy_of_the_embedding_is_compared(tmp_path, capsys):
     assert "lm_head.weight differs from model.embeddings.weight" in capsys.readouterr().err
 
 
+def test_names_of_our_own_hold_every_mixer():
+    """H2 with every option: all weights go to fused ones of the training model's names, and come back."""
+    model = dict(
+        pattern="M-G-S-*",
+        mamba_num_heads=2,
+        mamba_head_dim=8,
+        mamba_state_dim=4,
+        sliding_attention=dict(window=20, qk_norm=True),
+        full_attention=dict(output_gate=True),
+        zero_centered_norm=True,
+    )
+    described = checkpoints.architecture(model)
+    before, after, fused = checkpoints.random_weights(described), {}, {}
+    for link in own.TABLE.links(described):
+        theirs = link.to_theirs(*(before[key] for key in link.ours))
+        fused |= dict(zip(link.theirs, theirs, strict=True))
+        after |= dict(zip(link.ours, link.to_ours(*theirs), strict=True))
+    assert_equal(before, after)
+    names = pool(1).run(names_and_shapes, model, groups={})[0]
+    assert names == {name: tuple(value.shape) for name, value in fused.items()}
+
+
+def names_and_shapes(model: dict) -> dict[str, tuple[int, ...]]:
+    """Parameters of the training model."""
+    from megatron_gdn.hybrid.model import build_model, transformer_config
+
+    config = run_config(vocab_size=checkpoints.VOCABULARY, **model)
+    host = transformer_config(config.model, config.parallel)
+    gpt = build_model(host, config.model, vocab_size=checkpoints.PADDED, max_sequence_length=128, seed=1)
+    return {name: tuple(param.shape) for name, param in gpt.named_parameters()}
+
+
 # ---- experts, and Megatron-LM
+
+
+def test_transformers_own_experts(tmp_path, capsys):
+    """transformers' qwen3_next with experts -> Megatron-LM's checkpoint -> the same logits, and the same folder."""
+    transformers = pytest.importorskip("transformers", reason="pip install -e '.[convert]'")
+    described = checkpoints.architecture(checkpoints.QWEN, checkpoints.EXPERTS)
+    path = checkpoints.write(tmp_path / "ours", described, checkpoints.random_weights(described))
+    model = transformers.AutoModelForCausalLM.from_pretrained(export(path, tmp_path / "made"), dtype=torch.float32)
+    model.save_pretrained(tmp_path / "hf", max_shard_size="30KB")
+    assert hf_to_megatron.main(["--hf", str(tmp_path / "hf"), "--output", str(tmp_path / "no")]) == 1
+    assert "has experts, which this project's training has not" in capsys.readouterr().err
+    again = load(tmp_path / "hf", tmp_path / "megatron", "--for", "megatron_lm")
+    assert (again / "release" / ".metadata").is_file()
+    found = MegatronCheckpoint(again)
+    same = dict(vocab_size=checkpoints.VOCABULARY, init_method_std=described.model.init_method_std)
+    assert replace(found.architecture.model, **same) == described.model
+    assert found.architecture.experts == checkpoints.EXPERTS and found.architecture.zero_centered_out_norm
+    assert verify.main([str(again), str(tmp_path / "hf")]) == 0
+    assert verify.main([str(again), str(path), "--weights-only"]) == 0
+    back, made = (
+        load_file(folder / "model.safetensors") for folder in (export(again, tmp_path / "back"), tmp_path / "made")
+    )
+    assert back.keys() == made.keys()
+    for key, value in made.items():  # the norm of the output went through weight - 1
+        assert (back[key] - value).abs().max() <= (2**-23 if key.endswith("linear_attn.norm.weight") else 0), key
 
 
 def args_of(described: Architecture, **changes) -> argparse.Namespace:

@@ -26,7 +26,7 @@ from megatron_gdn.config import ModelConfig
 from megatron_gdn.training.restricted import UnsafeCheckpointError, named_global, read_metadata
 from tools.convert.architecture import Architecture, Experts
 from tools.convert.errors import ConvertError
-from tools.convert.megatron_lm import ALIASES, architecture_of_args, read_args
+from tools.convert.megatron_lm import architecture_of_args, our_key, read_args
 
 # Of keys that are no weights of the model.
 _OTHER = ("optimizer.", "chained_", "rng", "rerun_state_machine_state")
@@ -63,9 +63,9 @@ class MegatronCheckpoint:
         metadata = _read_metadata(self.path / ".metadata")
         everything = metadata.state_dict_metadata.items()
         entries = {key: entry for key, entry in everything if isinstance(entry, TensorStorageMetadata)}
-        names = {key: _our_key(key) for key in entries if not key.startswith(_OTHER)}
+        names = {key: our_key(key) for key in entries if not key.startswith(_OTHER)}
         if master:
-            masters = {key: _our_key(match[1]) for key in entries if (match := _MASTER.fullmatch(key))}
+            masters = {key: our_key(match[1]) for key in entries if (match := _MASTER.fullmatch(key))}
             if missing := sorted(set(names.values()) - set(masters.values())):
                 raise ConvertError(
                     f"{self.path} has no float32 weights of {missing[0]} in its optimizer: --weights master needs a "
@@ -250,13 +250,6 @@ def find_checkpoint(path: Path) -> Path:
                 return found
             raise ConvertError(f"{latest} names {name}, and {found} holds no torch_dist checkpoint.")
     raise ConvertError(f"{path} holds no checkpoint: name a step_... or iter_... folder, or the folder of a run.")
-
-
-def _our_key(key: str) -> str:
-    for theirs, ours in ALIASES.items():
-        if key.endswith(theirs):
-            return key.removesuffix(theirs) + ours
-    return key
 
 
 def _split(key: str) -> tuple[str, int | None]:

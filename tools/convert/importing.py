@@ -25,7 +25,7 @@ from tools.convert.conversion import (
 )
 from tools.convert.errors import ConvertError
 from tools.convert.mapping import Table, check_complete, matching
-from tools.convert.megatron_lm import args_of_architecture, name_in_megatron_lm
+from tools.convert.megatron_lm import args_of_architecture, name_in_megatron_lm, our_key
 from tools.convert.tokenizer import copy_tokenizer
 from tools.convert.torch_dist_writer import CheckpointWriter
 
@@ -105,8 +105,7 @@ class Import:
         tensors, step = self.conversion.tensors, "step_00000000"
         common: dict[str, Any] = {}
         if self.target == "megatron_lm":
-            names = {tensor.name: name_in_megatron_lm(tensor.name, self.architecture) for tensor in tensors}
-            tensors = [replace(tensor, name=names[tensor.name]) for tensor in tensors]
+            tensors = [replace(tensor, name=name_in_megatron_lm(tensor.name, self.architecture)) for tensor in tensors]
             common = {
                 "args": args_of_architecture(self.architecture, self.sequence_length),
                 "iteration": 0,
@@ -120,13 +119,7 @@ class Import:
 
     def read(self, progress: Progress, name: str) -> Tensor:
         """A tensor by its name in the checkpoint."""
-        if self.target == "megatron_lm":
-            name = self._ours[name]
-        return progress.read(name)
-
-    @property
-    def _ours(self) -> dict[str, str]:
-        return {name_in_megatron_lm(tensor.name, self.architecture): tensor.name for tensor in self.conversion.tensors}
+        return progress.read(our_key(name))
 
     def _objects(self) -> list[str]:
         """Keys of the states that Megatron keeps beside linear layers."""

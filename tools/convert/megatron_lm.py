@@ -18,7 +18,7 @@ from tools.convert.architecture import Architecture, Experts
 from tools.convert.errors import ConvertError
 
 # Norms that Transformer Engine's linear layers hold; Megatron's own specs store theirs under the same names.
-ALIASES = {
+_ALIASES = {
     ".self_attention.in_proj.layer_norm_weight": ".input_layernorm.weight",
     ".self_attention.linear_qkv.layer_norm_weight": ".input_layernorm.weight",
     ".mlp.linear_fc1.layer_norm_weight": ".pre_mlp_layernorm.weight",
@@ -215,6 +215,14 @@ def _frequency(value: int | list[int], number: int, *, sparse_at_start: bool = F
     if len(value) != number:
         raise ConvertError(f"a list of layers ({value}) must have {number} entries.")
     return [bool(found) for found in value]
+
+
+def our_key(key: str) -> str:
+    """Our key of a weight that may have Megatron-LM's."""
+    for theirs, ours in _ALIASES.items():
+        if key.endswith(theirs):
+            return key.removesuffix(theirs) + ours
+    return key
 
 
 def name_in_megatron_lm(key: str, architecture: Architecture) -> str:

@@ -1,0 +1,206 @@
+"""Checkpoints of Megatron-Core's own Gated DeltaNet: read here, and written here for it to read."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.ranks import pool
+from tests.tools import checkpoints
+from tools.convert import hf_to_megatron, megatron_to_hf, verify
+
+TOKENS = 130
+ARGS = dict(
+    num_layers=3,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    group_query_attention=True,
+    num_query_groups=2,
+    kv_channels=16,
+    experimental_attention_variant="gated_delta_net",
+    linear_attention_freq=3,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=12,
+    linear_conv_kernel_dim=4,
+    attention_output_gate=True,
+    qk_layernorm=True,
+    rotary_percent=0.25,
+    rotary_base=5000,
+    normalization="RMSNorm",
+    apply_layernorm_1p=True,
+    norm_epsilon=1e-5,
+    swiglu=True,
+    add_bias_linear=False,
+    untie_embeddings_and_output_weights=True,
+    vocab_size=checkpoints.VOCABULARY,
+    max_position_embeddings=128,
+    params_dtype=torch.float32,
+)
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(checkpoints.VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+def host_model():
+    """GPTModel of Megatron's own layers and its own Gated DeltaNet."""
+    import megatron.core.ssm.gated_delta_net as gdn
+    from megatron.core import parallel_state
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+    from megatron_gdn.norms import ZeroCenteredRMSNorm
+
+    # Without fla it refuses to build; its deterministic mode then uses its own PyTorch code.
+    gdn.HAVE_FLA, gdn.l2norm = True, lambda x: x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+    names = [name for name in ARGS if name.startswith(("linear_num", "linear_key", "linear_value", "linear_conv"))]
+    config = TransformerConfig(
+        num_layers=3,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=16,
+        **{name: ARGS[name] for name in names},
+        experimental_attention_variant="gated_delta_net",
+        linear_attention_freq=3,
+        attention_output_gate=True,
+        qk_layernorm=True,
+        layernorm_epsilon=1e-5,
+        layernorm_zero_centered_gamma=True,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        init_method_std=0.2,
+        use_cpu_initialization=True,
+        deterministic_mode=True,
+        hetereogenous_dist_checkpoint=True,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+    )
+
+    def layer(mixer: ModuleSpec, linear: str) -> ModuleSpec:
+        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        return ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=ZeroCenteredRMSNorm,
+                self_attention=mixer,
+                self_attn_bda=get_bias_dropout_add,
+                pre_mlp_layernorm=ZeroCenteredRMSNorm,
+                mlp=ModuleSpec(module=MLP, submodules=linears),
+                mlp_bda=get_bias_dropout_add,
+                # The names of Transformer Engine's fused norms, as Megatron's local spec stores them.
+                sharded_state_dict_keys_map={
+                    "input_layernorm.": f"self_attention.{linear}.layer_norm_",
+                    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+                },
+            ),
+        )
+
+    rule = ModuleSpec(
+        module=gdn.GatedDeltaNet,
+        submodules=gdn.GatedDeltaNetSubmodules(ColumnParallelLinear, ZeroCenteredRMSNorm, RowParallelLinear),
+    )
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=DotProductAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=ZeroCenteredRMSNorm,
+            k_layernorm=ZeroCenteredRMSNorm,
+        ),
+    )
+    layers = [layer(rule, "in_proj"), layer(rule, "in_proj"), layer(attention, "linear_qkv")]
+    return GPTModel(
+        config,
+        TransformerBlockSubmodules(layer_specs=layers, layer_norm=ZeroCenteredRMSNorm),
+        vocab_size=checkpoints.PADDED,
+        max_sequence_length=TOKENS,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_percent=0.25,
+        rotary_base=5000,
+    ).eval()
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    found = model(tokens(), torch.arange(TOKENS)[None], torch.ones(1, 1, TOKENS, TOKENS).triu(1).bool())
+    return found[..., : checkpoints.VOCABULARY]
+
+
+def written(folder: Path):
+    """Megatron's layout of folders and arguments; the logits of the model."""
+    from megatron.core import parallel_state
+
+    from megatron_gdn.training import torch_dist
+
+    model = host_model()
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if param.dim() == 1:
+                generator = torch.Generator().manual_seed(sum(map(ord, name)))
+                param.add_(torch.rand(param.shape, generator=generator) - 0.5)
+    (folder / "iter_0000007").mkdir(parents=True)
+    groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    state = model.sharded_state_dict(metadata=groups) | {"args": argparse.Namespace(**ARGS), "iteration": 7}
+    torch_dist.write(state, folder / "iter_0000007")
+    (folder / "latest_checkpointed_iteration.txt").write_text("7")
+    return logits(model)
+
+
+def loaded(folder: Path):
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing import load
+
+    model = host_model()
+    groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    found = load(model.sharded_state_dict(metadata=groups), str(folder))
+    assert found.pop("args").linear_attention_freq == [1, 1, 0]
+    del found["iteration"], found["checkpoint_version"]
+    model.load_state_dict(found)
+    return logits(model)
+
+
+@pytest.mark.parametrize("wanted", ["qwen3_next", "qwen3_5_text"])
+def test_checkpoint_of_megatrons_own_layer(tmp_path, wanted, capsys):
+    [theirs] = pool(1).run(written, tmp_path / "megatron", groups={})
+    folder = tmp_path / "hf"
+    arguments = ["--checkpoint", str(tmp_path / "megatron"), "--output", str(folder), "--format", wanted]
+    assert megatron_to_hf.main(arguments) == 0
+    *_, found = verify.transformers_hidden_states(folder, wanted, tokens())
+    assert theirs.std() > 0.1
+    assert (found - theirs).abs().max() < 1e-4  # two programs in float32
+    assert verify.main([str(tmp_path / "megatron"), str(folder)]) == 0
+
+
+def test_megatrons_own_layer_reads_what_is_written_for_it(tmp_path):
+    described = checkpoints.architecture(checkpoints.QWEN)
+    ours = checkpoints.write(tmp_path / "ours", described, checkpoints.random_weights(described))
+    arguments = ["--checkpoint", str(ours), "--output", str(tmp_path / "hf"), "--format", "qwen3_next"]
+    assert megatron_to_hf.main(arguments) == 0
+    arguments = ["--hf", str(tmp_path / "hf"), "--output", str(tmp_path / "megatron"), "--for", "megatron_lm"]
+    assert hf_to_megatron.main(arguments) == 0
+    # The vocabulary of the file is not padded, that of the model is; Megatron's default strictness.
+    [found] = pool(1).run(loaded, tmp_path / "megatron" / "release", groups={})
+    *_, theirs = verify.transformers_hidden_states(tmp_path / "hf", "qwen3_next", tokens())
+    assert (found - theirs).abs().max() < 1e-4 * theirs.abs().max()  # two programs in float32
