@@ -39,7 +39,7 @@ def dry_run(config: Config, *, processes: int | None, as_json: bool) -> None:
     from megatron_gdn.fp8.alignment import check_alignment
 
     check_alignment(config)
-    data_parallel = check_world(config, processes or config.parallel.tensor * config.parallel.pipeline)
+    data_parallel = check_world(config, processes or config.parallel.ranks_per_replica)
     vocab_size = config.model.vocab_size
     if vocab_size is None:
         manifests = [Path(f"{entry.split()[-1]}.json") for entry in config.data.train]

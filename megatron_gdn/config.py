@@ -304,14 +304,28 @@ class ParallelConfig:
     """Layers of each pipeline stage; None: as equal as they can be, the first stages having one more."""
     sequence: bool = False
     """Shard the tokens between tensor-parallel regions over the tensor-parallel ranks."""
+    context: Positive = 1
+    """Context-parallel size: each sequence is cut over so many ranks, which pass on states, windows and keys."""
+    context_layout: Literal["contiguous", "zigzag"] = "contiguous"
+    """Tokens of a context-parallel rank: one stretch, or one from either half, Megatron's, which balances the work of
+    full attention."""
+    context_attention: Literal["all_gather", "a2a"] = "all_gather"
+    """How full attention sees all tokens: keys and values of all ranks, or all tokens of a part of the heads."""
+    state_exchange: Literal["all_gather", "scan"] = "all_gather"
+    """How recurrent states pass between context-parallel ranks: one step, or log2 of the ranks in less memory."""
     distributed_optimizer: bool = True
-    """Shard optimizer states over data-parallel ranks."""
+    """Shard optimizer states over data-parallel and context-parallel ranks."""
     overlap: bool = True
     """Overlap gradient reduction and parameter gathering with computation."""
 
     def __post_init__(self):
         if self.sequence and self.tensor == 1:
             raise ValueError("sequence (true) needs tensor > 1: set parallel.sequence=false or parallel.tensor=2.")
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Processes that hold one model and one sequence together; data parallelism repeats them."""
+        return self.tensor * self.context * self.pipeline
 
 
 @_section
@@ -507,11 +521,15 @@ class Config:
                 f"model.vocab_multiple ({model.vocab_multiple}) must be divisible by parallel.tensor "
                 f"({parallel.tensor}): use {model.vocab_multiple * parallel.tensor}."
             )
-        if parallel.sequence and training.sequence_length % parallel.tensor:
+        shards = parallel.tensor * parallel.context
+        if parallel.sequence and training.sequence_length % shards:
+            of = "parallel.tensor" if parallel.context == 1 else "parallel.tensor x parallel.context"
             raise ValueError(
-                f"training.sequence_length ({training.sequence_length}) must be divisible by parallel.tensor "
-                f"({parallel.tensor}) with parallel.sequence: use a multiple or turn parallel.sequence off."
+                f"training.sequence_length ({training.sequence_length}) must be divisible by {of} ({shards}) with "
+                "parallel.sequence: use a multiple or turn parallel.sequence off."
             )
+        if parallel.context > 1:
+            self._check_context()
         stages, num_layers = parallel.pipeline_layers, len(parse_pattern(model.pattern))
         if stages is not None and (len(stages) != parallel.pipeline or sum(stages) != num_layers):
             raise ValueError(
@@ -529,6 +547,10 @@ class Config:
                 f"({training.train_steps * training.tokens_per_step}): warm up for less, or train on more."
             )
         self._check_fp8()
+        if self.engine.name == "deepspeed" and parallel.context > 1:
+            raise ValueError(
+                f"parallel.context ({parallel.context}) must be 1 with engine.name=deepspeed: use engine.name=megatron."
+            )
         if self.engine.name == "deepspeed" and parallel.pipeline > 1:
             raise ValueError(
                 f"parallel.pipeline ({parallel.pipeline}) must be 1 with engine.name=deepspeed, whose ZeRO does not go "
@@ -557,6 +579,40 @@ class Config:
                 "scales than the first: use tensorwise, or recompute none."
             )
 
+    def _check_context(self) -> None:
+        # Here, as it imports torch: without context parallelism a wrong value is reported before that.
+        from megatron_gdn.parallel.fragments import check_fragments
+
+        model, parallel = self.model, self.parallel
+        size = parallel.context
+        attention = [
+            model.attention_options(number)
+            for number, layer in enumerate(parse_pattern(model.pattern), start=1)
+            if layer.symbol in ("S", "*")
+        ]
+        windows = [options.window for options in attention if options.window is not None]
+        try:
+            check_fragments(
+                self.training.sequence_length,
+                layout=parallel.context_layout,
+                size=size,
+                conv_width=model.linear_conv_kernel_dim if model.symbols & {"G", "M"} else None,
+                window=max(windows, default=None),
+            )
+        except ValueError as error:
+            raise ValueError(f"parallel.context ({size}) and training.sequence_length: {error}") from None
+        whole = [options for options in attention if options.window is None]
+        if whole and parallel.context_attention == "a2a":
+            ranks = parallel.tensor * size
+            heads = [("num_attention_heads", model.num_attention_heads)]
+            heads += [("num_query_groups", options.num_query_groups) for options in whole]
+            for name, value in heads:
+                if value % ranks:
+                    raise ValueError(
+                        f"model.{name} ({value}) must be divisible by parallel.tensor ({parallel.tensor}) x "
+                        f"parallel.context ({size}) with parallel.context_attention a2a: use all_gather."
+                    )
+
 
 def check_world(config: Config, world_size: int) -> int:
     """Check the layout against the number of processes.
@@ -572,14 +628,15 @@ def check_world(config: Config, world_size: int) -> int:
         ConfigError: the layout needs more processes or does not divide them, or the batch does not divide.
     """
     parallel, training = config.parallel, config.training
-    model_parallel = parallel.tensor * parallel.pipeline
-    if world_size % model_parallel:
+    replica = parallel.ranks_per_replica
+    if world_size % replica:
+        context = f" x parallel.context ({parallel.context})" if parallel.context > 1 else ""
         raise ConfigError(
-            f"parallel.tensor ({parallel.tensor}) x parallel.pipeline ({parallel.pipeline}) = {model_parallel} must "
-            f"divide the number of processes ({world_size}): start {model_parallel} or a multiple "
-            f"(torchrun --nproc-per-node {model_parallel} ...)."
+            f"parallel.tensor ({parallel.tensor}){context} x parallel.pipeline ({parallel.pipeline}) = {replica} must "
+            f"divide the number of processes ({world_size}): start {replica} or a multiple "
+            f"(torchrun --nproc-per-node {replica} ...)."
         )
-    data_parallel = world_size // model_parallel
+    data_parallel = world_size // replica
     per_step = data_parallel * training.micro_batch_size
     if training.global_batch_size % per_step:
         raise ConfigError(

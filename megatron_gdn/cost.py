@@ -9,7 +9,7 @@ allocators.
 import math
 from dataclasses import dataclass
 
-from megatron_gdn.config import Config, ModelConfig
+from megatron_gdn.config import Config, ModelConfig, ParallelConfig
 from megatron_gdn.hybrid.pattern import parse_pattern
 from megatron_gdn.kernels.sliding_window import scored_pairs
 from megatron_gdn.kernels.varlen import CHUNK_SIZE
@@ -35,6 +35,10 @@ class LayerCost:
     state_bytes: recurrent state or key-value cache of one sequence on all ranks, as decoding keeps it.
     column_linears, row_linears: linear layers with a tensor-parallel exchange of the hidden states before, after.
     tensor_bytes: that a tensor-parallel rank sends beside those, per token, in one pass.
+    context_bytes: that a context-parallel rank in the middle of the sequence sends, per sequence, in the forward and in
+        the backward pass; an all-gather sends a rank's part to all others.
+    context_flops: multiplications and additions per token that passing states adds, in both passes, without the one
+        product of a map and a state for each rank.
     """
 
     name: str
@@ -47,18 +51,29 @@ class LayerCost:
     column_linears: int = 0
     row_linears: int = 0
     tensor_bytes: float = 0.0
+    context_bytes: tuple[float, float] = (0.0, 0.0)
+    context_flops: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Sizes:
-    """What every term needs: the model, tokens per sequence, tensor-parallel size, bytes of an element, sequences."""
+    """What every term needs: the model, tokens per sequence, the layout, bytes of an element, sequences."""
 
     model: ModelConfig
     sequence_length: int
-    tensor: int
-    sequence_parallel: bool
+    parallel: ParallelConfig
     element: int
     micro_batch: int
+
+    @property
+    def tensor(self) -> int:
+        """Tensor-parallel size."""
+        return self.parallel.tensor
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether tokens between tensor-parallel regions are sharded."""
+        return self.parallel.sequence
 
     @property
     def hidden(self) -> int:
@@ -73,6 +88,32 @@ class _Sizes:
     def input_bytes(self) -> float:
         """What a norm and the linear layer after it keep: their inputs. Megatron gathers the latter again."""
         return 2 * self.hidden_bytes
+
+    @property
+    def context(self) -> int:
+        """Context-parallel size."""
+        return self.parallel.context
+
+    @property
+    def fragments_per_rank(self) -> int:
+        """Stretches of the sequence that a context-parallel rank holds."""
+        return {"contiguous": 1, "zigzag": 2}[self.parallel.context_layout]
+
+    def state_bytes(self, map_numbers: int, state_numbers: int) -> tuple[float, float]:
+        """Sent per sequence: float32 maps and states of this rank's fragments forward, gradients of states backward."""
+        to_others = 4 * self.fragments_per_rank * (self.context - 1)
+        if self.parallel.state_exchange == "scan":
+            # A pair travels at each doubling, the result once more; both ways alike.
+            steps = math.ceil(math.log2(self.fragments_per_rank * self.context)) if self.context > 1 else 0
+            per_fragment = steps * (map_numbers + state_numbers) + min(steps, 1) * state_numbers
+            return (4 * self.fragments_per_rank * per_fragment,) * 2
+        return to_others * (map_numbers + state_numbers), to_others * state_numbers
+
+    def halo_bytes(self, rows: int, numbers: float) -> float:
+        """Sent per sequence and pass: the last rows of this rank's fragments to those that reach so far."""
+        fragments = self.fragments_per_rank * self.context
+        reached = min(rows, (fragments - 1) * self.sequence_length // fragments)
+        return self.fragments_per_rank * reached * numbers * self.element if self.context > 1 else 0.0
 
 
 def gated_delta_net_cost(sizes: _Sizes) -> LayerCost:
@@ -108,7 +149,32 @@ def gated_delta_net_cost(sizes: _Sizes) -> LayerCost:
         state_bytes=4 * (HV * K * V) + sizes.element * rows["conv1d"] * (width - 1),
         column_linears=2,
         row_linears=1,
+        context_bytes=_sum(
+            sizes.state_bytes(local_heads * K * K, local_heads * K * V),
+            (sizes.halo_bytes(width - 1, local["conv1d"]),) * 2,
+        ),
+        # Map and state of a fragment forward, the gradient of its state backward: kernels/gated_delta_rule/stretch.py.
+        context_flops=HV * (10 * K * V + 4 * K * K + CHUNK_SIZE * (8 * K + 6 * V)) if sizes.context > 1 else 0.0,
     )
+
+
+def head_exchange_bytes(config: Config) -> float:
+    """Sent per sequence, Gated DeltaNet layer and pass, if ranks exchanged heads for tokens as Megatron-Core 0.18 does.
+
+    Every rank sends its tokens of all projections to the ranks that own their heads, and gets its outputs back; heads
+    must be divisible by tensor-parallel times context-parallel ranks. This grows with the sequence.
+    """
+    model, tensor, context = config.model, config.parallel.tensor, config.parallel.context
+    keys = 2 * model.linear_num_key_heads * model.linear_key_head_dim
+    values = model.linear_num_value_heads * (model.linear_value_head_dim * (2 if model.use_output_gate else 1) + 2)
+    outputs = model.linear_num_value_heads * model.linear_value_head_dim
+    numbers = (keys + values + outputs) / tensor * config.training.sequence_length / context
+    return (context - 1) / context * numbers * BYTES[config.training.precision]
+
+
+def _sum(*pairs: tuple[float, float]) -> tuple[float, float]:
+    forward, backward = (sum(parts) for parts in zip(*pairs, strict=True))
+    return forward, backward
 
 
 def mamba2_cost(sizes: _Sizes) -> LayerCost:
@@ -140,6 +206,12 @@ def mamba2_cost(sizes: _Sizes) -> LayerCost:
         column_linears=2,
         row_linears=1,
         tensor_bytes=shared,
+        context_bytes=_sum(
+            sizes.state_bytes(local["A_log"], local["A_log"] * P * N),
+            (sizes.halo_bytes(width - 1, local["conv1d"]),) * 2,
+        ),
+        # One product for the state of a fragment forward, one for its gradient backward.
+        context_flops=4 * inner * N if sizes.context > 1 else 0.0,
     )
 
 
@@ -185,7 +257,21 @@ def attention_cost(sizes: _Sizes, number: int) -> LayerCost:
         state_bytes=2 * groups * size * cached * sizes.element,
         column_linears=1,
         row_linears=1,
+        context_bytes=(_attention_context_bytes(sizes, held * size, 2 * held_groups * size, options.window),) * 2,
     )
+
+
+def _attention_context_bytes(
+    sizes: _Sizes, query_numbers: float, key_value_numbers: float, window: int | None
+) -> float:
+    """Sent per sequence in one pass, from the numbers that a token has on this tensor-parallel rank."""
+    if window is not None:
+        return sizes.halo_bytes(window - 1, key_value_numbers)
+    local_bytes = sizes.sequence_length / sizes.context * sizes.element
+    if sizes.parallel.context_attention == "a2a":
+        # Queries, keys and values to the ranks of their heads, outputs back.
+        return (sizes.context - 1) / sizes.context * local_bytes * (2 * query_numbers + key_value_numbers)
+    return (sizes.context - 1) * local_bytes * key_value_numbers
 
 
 def mlp_cost(sizes: _Sizes) -> LayerCost:
@@ -285,7 +371,7 @@ class ModelCost:
     @property
     def executed_flops_per_token(self) -> float:
         """FLOPs of the matrix products of a training step without recomputation, per token."""
-        return sum(layer.executed_flops for layer in self.layers)
+        return sum(layer.executed_flops + layer.context_flops for layer in self.layers)
 
     def memory_bytes(self, stage: int) -> dict[str, float]:
         """Bytes on a rank of a pipeline stage: weights, gradients, optimizer states, activations."""
@@ -297,10 +383,10 @@ class ModelCost:
             parameters += self.vocab_size * self.config.model.hidden_size // parallel.tensor
         # Adam's two moments, and under bf16 the master weights.
         per_parameter = 12 if training.precision == "bf16" else 8
-        shards = self.data_parallel if parallel.distributed_optimizer else 1
+        shards = self.data_parallel * parallel.context if parallel.distributed_optimizer else 1
         # 1F1B keeps one micro-batch more on each stage before it.
         in_flight = min(parallel.pipeline - stage, self._num_microbatches)
-        tokens = training.micro_batch_size * training.sequence_length
+        tokens = training.micro_batch_size * training.sequence_length // parallel.context
         activations = [layer.activation_bytes for layer in layers]
         if training.recompute == "full":
             kept = self._sizes.hidden_bytes * len(layers)
@@ -318,8 +404,9 @@ class ModelCost:
         """Bytes that a rank of a pipeline stage sends per optimizer step, with ring algorithms."""
         parallel, training = self.config.parallel, self.config.training
         layers, hidden = self.stages[stage], self.config.model.hidden_size
-        element, tp, dp = BYTES[training.precision], parallel.tensor, self.data_parallel
-        tokens = training.tokens_per_step // dp
+        element, tp, replicas = BYTES[training.precision], parallel.tensor, self.data_parallel
+        shards = replicas * parallel.context
+        tokens = training.tokens_per_step // shards
         whole = tokens * hidden * element
         columns, rows = (sum(getattr(layer, name) for layer in layers) for name in _LINEARS)
         # Recomputed layers, which are all but the embedding and the output, run their forward pass twice.
@@ -336,15 +423,18 @@ class ModelCost:
         parameters = sum(layer.rank_parameters for layer in layers)
         if parallel.distributed_optimizer:
             # Scatter the gradients in float32, gather the weights.
-            data = parameters * (4 + element) * (dp - 1) / dp
+            data = parameters * (4 + element) * (shards - 1) / shards
         else:
-            data = parameters * 4 * 2 * (dp - 1) / dp
+            data = parameters * 4 * 2 * (shards - 1) / shards
         boundaries = (stage > 0) + (stage < parallel.pipeline - 1)
         pipeline = boundaries * whole / (tp if parallel.sequence else 1)
         if self.config.model.tie_embeddings and boundaries and stage in (0, parallel.pipeline - 1):
             # The first and the last stage sum the gradients of their embeddings, in float32.
             pipeline += self.vocab_size * hidden // tp * 4
-        return {"tensor": tensor, "data": data, "pipeline": pipeline}
+        forward, backward = _sum((0.0, 0.0), *(layer.context_bytes for layer in layers))
+        passes = 2 if training.recompute == "full" else 1
+        context = training.global_batch_size // replicas * (passes * forward + backward)
+        return {"tensor": tensor, "context": context, "data": data, "pipeline": pipeline}
 
     def report(self) -> dict:
         """All of it, for `--dry-run --json`; memory and communication are those of the stage that has most."""
@@ -362,8 +452,9 @@ class ModelCost:
             "memory_bytes_per_rank": memory | {"sum": sum(memory.values())},
             "communication_bytes_per_step_and_rank": sent | {"sum": sum(sent.values())},
             "layout": {
-                "processes": parallel.tensor * parallel.pipeline * self.data_parallel,
+                "processes": parallel.ranks_per_replica * self.data_parallel,
                 "tensor": parallel.tensor,
+                "context": parallel.context,
                 "pipeline": parallel.pipeline,
                 "data": self.data_parallel,
                 "sequence": parallel.sequence,
@@ -409,8 +500,9 @@ def format_report(report: dict) -> str:
         f"{report['executed_flops_per_token'] / 1e9:.2f} G (executed)",
         "whole run": f"{training['steps']:,} steps of {training['tokens_per_step']:,} tokens, "
         f"{training['flops']:.3g} model FLOPs",
-        "layout": f"{layout['processes']} processes: tensor {layout['tensor']}, pipeline {layout['pipeline']} "
-        f"(layers {layout['layers_per_stage']}), data {layout['data']}, {layout['micro_batches']} micro-batches",
+        "layout": f"{layout['processes']} processes: tensor {layout['tensor']}, context {layout['context']}, pipeline "
+        f"{layout['pipeline']} (layers {layout['layers_per_stage']}), data {layout['data']}, "
+        f"{layout['micro_batches']} micro-batches",
         "memory per rank": ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items()) + " GiB",
         "sent per step": ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sent.items()) + " GiB per rank",
         "state": f"{report['state_bytes_per_sequence'] / 2**20:.2f} MiB per sequence when decoding",
@@ -460,8 +552,7 @@ def _sizes(config: Config) -> _Sizes:
     return _Sizes(
         model=config.model,
         sequence_length=config.training.sequence_length,
-        tensor=config.parallel.tensor,
-        sequence_parallel=config.parallel.sequence,
+        parallel=config.parallel,
         element=BYTES[config.training.precision],
         micro_batch=config.training.micro_batch_size,
     )

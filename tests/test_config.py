@@ -160,3 +160,63 @@ def test_layouts_that_do_not_fit_the_processes(overrides, world_size, message):
 
 def test_data_parallel_size():
     assert check_world(load_config(DEMO), 4) == 2
+
+
+# Cases of parallel.context: overrides of h1_0.4b or another recipe, and the error.
+CONTEXT_ERRORS = [
+    (
+        "h1_1.3b",
+        ["parallel.context=8", "training.sequence_length=4097"],
+        r"sequence length \(4097\) must be a positive multiple of the 8 fragments of 8 context-parallel ranks, layout "
+        r"contiguous: use 4104 tokens, or fewer ranks",
+    ),
+    (
+        "h1_1.3b",
+        ["parallel.context=8", "parallel.context_layout=zigzag", "training.sequence_length=4104"],
+        r"must be a positive multiple of the 16 fragments of 8 context-parallel ranks, layout zigzag: use 4112",
+    ),
+    (
+        "gdn_1.3b",
+        ["parallel.context=2048"],
+        r"fragment length \(4096 tokens / 2048 fragments = 2\) must be at least the convolution's width - 1 \(3\)",
+    ),
+    (
+        "h1_1.3b",
+        ["parallel.context=2", "training.sequence_length=1024"],
+        r"parallel.context \(2\) and training.sequence_length: window \(2048\) must not exceed the sequence \(1024",
+    ),
+    (
+        "qwen3_next_style",
+        ["parallel.context=4", "parallel.context_attention=a2a"],
+        r"model.num_query_groups \(2\) must be divisible by parallel.tensor \(1\) x parallel.context \(4\) with "
+        r"parallel.context_attention a2a: use all_gather",
+    ),
+    (
+        "gdn_1.3b",
+        ["parallel.tensor=4", "parallel.sequence=true", "parallel.context=2", "training.sequence_length=4100"],
+        r"training.sequence_length \(4100\) must be divisible by parallel.tensor x parallel.context \(8\) with "
+        r"parallel.sequence: use a multiple or turn parallel.sequence off",
+    ),
+    (
+        "gdn_1.3b",
+        ["parallel.context=2", "engine.name=deepspeed"],
+        r"parallel.context \(2\) must be 1 with engine.name=deepspeed: use engine.name=megatron",
+    ),
+]
+
+
+@pytest.mark.parametrize("recipe, overrides, message", CONTEXT_ERRORS)
+def test_sequences_that_cannot_be_cut(recipe, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(Path(f"examples/recipes/{recipe}.yaml"), overrides)
+
+
+def test_context_parallel_ranks_are_part_of_a_replica():
+    config = load_config(Path("examples/recipes/h1_1.3b.yaml"), ["parallel.context=4", "parallel.tensor=2"])
+    assert check_world(config, 16) == 2
+    with pytest.raises(
+        ConfigError,
+        match=r"parallel.tensor \(2\) x parallel.context \(4\) x parallel.pipeline \(1\) = 8 must divide the number of "
+        r"processes \(12\): start 8 or a multiple",
+    ):
+        check_world(config, 12)

@@ -62,7 +62,7 @@ def parameters_on_meta(config, vocab_size) -> int:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_parameters_are_those_of_the_model(path):
-    config = load_config(path, ["parallel.tensor=1", "parallel.sequence=false"])
+    config = load_config(path, ["parallel.tensor=1", "parallel.sequence=false", "parallel.context=1"])
     [built] = pool(1).run(parameters_on_meta, config, 32000, groups={})
     assert model_cost(config, vocab_size=32000).parameters == built
 
@@ -116,6 +116,24 @@ def test_executed_flops_are_those_counted(case):
     [counted] = pool(1).run(counted_flops, config, groups={})
     expected = model_cost(config, vocab_size=VOCABULARY).executed_flops_per_token * config.training.tokens_per_step
     assert counted == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("case", ["Gated DeltaNet", "Mamba2 with groups", "long heads"])
+def test_executed_flops_of_a_context_parallel_rank_are_those_counted(case):
+    """A rank in the middle makes a map forward and a gradient backward; the first no gradient, the last no map."""
+    training = dict(sequence_length=512, global_batch_size=2)
+    config = run_config(parallel=dict(context=4), training=training, **FLOP_CASES[case])
+    counted = pool(4).run(counted_flops, config, groups=dict(context_parallel_size=4))
+    cost = model_cost(config, vocab_size=VOCABULARY)
+    expected = cost.executed_flops_per_token * config.training.tokens_per_step / 4
+    model, folds = config.model, 0
+    if "G" in model.symbols:
+        # One product of a map and a state for each fragment and sequence, which the cost model leaves out.
+        heads, K, V = model.linear_num_value_heads, model.linear_key_head_dim, model.linear_value_head_dim
+        folds = 2 * model.pattern.count("G") * 2 * heads * K * K * V
+        added = sum(layer.context_flops for layer in cost.layers) * config.training.tokens_per_step / 4
+        assert counted[1] - counted[0] + counted[1] - counted[3] == pytest.approx(added + folds, rel=0.01)
+    assert counted[1] == counted[2] == pytest.approx(expected + 4 * folds, rel=0.01)
 
 
 def test_mean_context():

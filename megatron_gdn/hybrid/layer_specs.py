@@ -61,7 +61,14 @@ def mamba2_spec(*, provider: str = "local", fp8: FP8Config | None = None, **opti
     )
 
 
-def mixer_spec(number: int, symbol: str, model: ModelConfig, fp8: FP8Config | None = None) -> ModuleSpec:
+def mixer_spec(
+    number: int,
+    symbol: str,
+    model: ModelConfig,
+    fp8: FP8Config | None = None,
+    *,
+    state_exchange: str = "all_gather",
+) -> ModuleSpec:
     """Spec of a layer's mixer, usable as `self_attention` of a TransformerLayer.
 
     Args:
@@ -69,6 +76,7 @@ def mixer_spec(number: int, symbol: str, model: ModelConfig, fp8: FP8Config | No
         symbol: a key of `megatron_gdn.hybrid.pattern.MIXERS`.
         model: section of the run's configuration.
         fp8: likewise, of a layer in FP8.
+        state_exchange: between context-parallel ranks, "all_gather" or "scan".
     """
     if symbol == "G":
         return gated_delta_net_spec(
@@ -79,10 +87,13 @@ def mixer_spec(number: int, symbol: str, model: ModelConfig, fp8: FP8Config | No
             use_qk_l2norm=model.use_qk_l2norm,
             use_decay=model.use_decay,
             scale_out_proj=model.initialization == "megatron",
+            state_exchange=state_exchange,
             backend=model.kernel_backend,
         )
     if symbol == "M":
-        return mamba2_spec(provider=model.provider, fp8=fp8, backend=model.kernel_backend)
+        return mamba2_spec(
+            provider=model.provider, fp8=fp8, state_exchange=state_exchange, backend=model.kernel_backend
+        )
     options = model.attention_options(number)
     return attention_spec(
         num_attention_heads=model.num_attention_heads,
@@ -101,7 +112,14 @@ def mixer_spec(number: int, symbol: str, model: ModelConfig, fp8: FP8Config | No
     )
 
 
-def layer_spec(number: int, layer: Layer, model: ModelConfig, fp8: FP8Config | None = None) -> ModuleSpec:
+def layer_spec(
+    number: int,
+    layer: Layer,
+    model: ModelConfig,
+    fp8: FP8Config | None = None,
+    *,
+    state_exchange: str = "all_gather",
+) -> ModuleSpec:
     """Spec of one layer: norm, mixer, residual, and norm, MLP, residual where the pattern has an MLP.
 
     Args:
@@ -109,10 +127,11 @@ def layer_spec(number: int, layer: Layer, model: ModelConfig, fp8: FP8Config | N
         layer: from `parse_pattern`.
         model: section of the run's configuration.
         fp8: likewise; says for each layer whether it is in FP8.
+        state_exchange: between context-parallel ranks, "all_gather" or "scan".
     """
     if fp8 is not None and not layer_uses_fp8(fp8, number - 1, len(parse_pattern(model.pattern))):
         fp8 = None
-    mixer = mixer_spec(number, layer.symbol, model, fp8)
+    mixer = mixer_spec(number, layer.symbol, model, fp8, state_exchange=state_exchange)
     submodules = _submodules(
         mixer, mlp=layer.mlp, provider=model.provider, zero_centered_norm=model.zero_centered_norm, fp8=fp8
     )
@@ -141,7 +160,12 @@ def _submodules(
 
 
 def decoder_spec(
-    config: TransformerConfig, model: ModelConfig, *, fp8: FP8Config | None = None, vp_stage: int | None = None
+    config: TransformerConfig,
+    model: ModelConfig,
+    *,
+    fp8: FP8Config | None = None,
+    vp_stage: int | None = None,
+    state_exchange: str = "all_gather",
 ) -> TransformerBlockSubmodules:
     """Specs of the layers that this pipeline stage holds.
 
@@ -149,6 +173,7 @@ def decoder_spec(
         config: its `num_layers` is the number of mixers in the pattern.
         model, fp8: sections of the run's configuration.
         vp_stage: virtual pipeline stage.
+        state_exchange: between context-parallel ranks, "all_gather" or "scan".
 
     Raises:
         ValueError: `config.num_layers` is not the number of mixers in the pattern.
@@ -162,7 +187,9 @@ def decoder_spec(
     start = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(i + 1, layers[i], model, fp8) for i in range(start, start + count)],
+        layer_specs=[
+            layer_spec(i + 1, layers[i], model, fp8, state_exchange=state_exchange) for i in range(start, start + count)
+        ],
         layer_norm=get_provider(model.provider, zero_centered_norm=model.zero_centered_norm).norm,
     )
 

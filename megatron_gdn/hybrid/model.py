@@ -67,6 +67,8 @@ def transformer_config(
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
+        context_parallel_size=parallel.context,
+        cp_comm_type=parallel.context_attention if parallel.context > 1 else None,
         pipeline_model_parallel_size=parallel.pipeline,
         pipeline_model_parallel_layout=_pipeline_layout(num_layers, parallel),
         sequence_parallel=parallel.sequence,
@@ -120,6 +122,7 @@ def build_model(
     pre_process: bool | None = None,
     post_process: bool | None = None,
     vp_stage: int | None = None,
+    state_exchange: str = "all_gather",
 ) -> GPTModel:
     """The pipeline stage of this rank, with weights that depend on the seed and not on the layout.
 
@@ -132,6 +135,7 @@ def build_model(
         seed: seed of the weights; None leaves them as they are allocated, as on the meta device.
         pre_process, post_process: whether the stage has the embedding and the output; None asks the pipeline groups.
         vp_stage: virtual pipeline stage.
+        state_exchange: between context-parallel ranks, "all_gather" or "scan".
 
     Returns:
         The model on this rank's device; needs Megatron's process groups.
@@ -142,7 +146,7 @@ def build_model(
         post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     gpt = GPTModel(
         config,
-        decoder_spec(config, model, fp8=fp8, vp_stage=vp_stage),
+        decoder_spec(config, model, fp8=fp8, vp_stage=vp_stage, state_exchange=state_exchange),
         vocab_size=vocab_size,
         max_sequence_length=max_sequence_length,
         pre_process=pre_process,

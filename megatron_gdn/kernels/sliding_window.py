@@ -73,6 +73,7 @@ def first_visible(lengths: list[int], window: int | None) -> Tensor:
     return first
 
 
+@functools.lru_cache
 def scored_pairs(length: int, window: int | None, heads: int) -> int:
     """Scores that the torch backend computes per head, those that it hides included.
 

@@ -25,7 +25,7 @@ def _names_cuda(device) -> bool:
 
 
 class _CudaLiteralsOnCpu(TorchFunctionMode):
-    """`device="cuda"`, `.cuda()`, `.to("cuda")` stay on the CPU; `Tensor.type()` gives the CUDA name of the type.
+    """`device="cuda"`, `.cuda()`, `.to("cuda")` and pinned memory stay plain; `Tensor.type()` gives CUDA's name.
 
     A function mode is the one mechanism that reaches literals and `Tensor.type()` without editing the host.
     """
@@ -34,6 +34,8 @@ class _CudaLiteralsOnCpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if _names_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):

@@ -19,14 +19,18 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_gdn.config import Config
+from megatron_gdn.documents import PackedDocuments
 from megatron_gdn.fp8.recipe import host_options
 from megatron_gdn.hybrid.model import build_model, padded_vocab_size, transformer_config
+from megatron_gdn.parallel.fragments import prepare_fragments
+from megatron_gdn.parallel.host import FragmentParams
 from megatron_gdn.training.packing import Batch, pack
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -91,8 +95,9 @@ class MegatronEngine:
         """Run the micro-batches of one step through the pipeline.
 
         Args:
-            batches: yields `tokens`, `labels`, `loss_mask`, `position_ids`, each `[micro batch, s]`; where
-                `data.documents` is separate, one starts where `position_ids` are 0.
+            batches: yields `tokens`, `labels`, `loss_mask`, `position_ids`, each `[micro batch, s]` of whole samples,
+                the same on all context-parallel ranks; where `data.documents` is separate, one starts where
+                `position_ids` are 0.
             num_microbatches: how many to take.
             forward_only: no gradients.
 
@@ -147,7 +152,7 @@ class MegatronEngine:
             self.wrapped.start_param_sync(force_sync=True)
 
     def mean_loss(self, total: Tensor) -> float:
-        """Nats per token over all data-parallel ranks, known on every rank.
+        """Nats per token over all data-parallel and context-parallel ranks, known on every rank.
 
         Args:
             total: from `forward_backward`, or a sum of such.
@@ -182,9 +187,7 @@ class MegatronEngine:
         return dict(seq_length=tokens, micro_batch_size=rows)
 
     def _forward_step(self, batches: Iterator[Batch], model) -> tuple[Tensor, Callable]:
-        batch, documents = next(batches), None
-        if self.config.data.documents == "separate":
-            batch, documents = pack(batch, device=self.device)
+        batch, params = self._cut(next(batches))
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         loss_mask = batch["loss_mask"].flatten().float()
 
@@ -193,8 +196,25 @@ class MegatronEngine:
             num_tokens = loss_mask.sum()
             return loss, num_tokens.to(torch.int), {"loss": torch.stack([loss.detach(), num_tokens])}
 
-        options = dict(labels=batch["labels"], packed_seq_params=documents)
+        options = dict(labels=batch["labels"], packed_seq_params=params)
         return model(batch["tokens"], batch["position_ids"], None, **options), loss_function
+
+    def _cut(self, batch: Batch) -> tuple[Batch, PackedSeqParams | None]:
+        """This context-parallel rank's tokens, and what tells every mixer which they are and where documents start."""
+        bounds = None
+        if self.config.data.documents == "separate":
+            batch, bounds = pack(batch)
+        parallel = self.config.parallel
+        if parallel.context == 1:
+            return batch, None if bounds is None else PackedDocuments.of(bounds, device=self.device)
+        fragments = prepare_fragments(
+            batch["tokens"].shape[1],
+            layout=parallel.context_layout,
+            group=parallel_state.get_context_parallel_group(),
+            cu_seqlens=bounds,
+            device=self.device,
+        )
+        return {name: fragments.local(value) for name, value in batch.items()}, FragmentParams.of(fragments)
 
 
 def build_stage(config: Config, *, vocab_size: int, device: torch.device) -> tuple[TransformerConfig, GPTModel]:
@@ -221,6 +241,7 @@ def build_stage(config: Config, *, vocab_size: int, device: torch.device) -> tup
         max_sequence_length=config.training.sequence_length,
         seed=config.run.seed,
         fp8=config.fp8,
+        state_exchange=config.parallel.state_exchange,
     ).to(device)
     return host_config, model
 

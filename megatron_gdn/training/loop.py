@@ -79,7 +79,7 @@ def engine_type(config: Config) -> type[MegatronEngine]:
 
 def check_validation(config: Config, world_size: int) -> None:
     """Raise ConfigError when the samples of a validation do not fill whole micro-batches on every rank."""
-    data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    data_parallel = world_size // config.parallel.ranks_per_replica
     per_round = data_parallel * config.training.micro_batch_size
     if config.training.validation_samples % per_round:
         raise ConfigError(

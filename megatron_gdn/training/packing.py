@@ -9,8 +9,6 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from torch import Tensor
 
-from megatron_gdn.documents import PackedDocuments
-
 Batch = dict[str, Tensor]
 
 
@@ -54,17 +52,15 @@ def keep_apart(sample: Batch, lengths: np.ndarray) -> Batch:
     return sample | {"position_ids": positions[:-1].contiguous(), "loss_mask": mask}
 
 
-def pack(batch: Batch, *, device: torch.device) -> tuple[Batch, PackedDocuments]:
+def pack(batch: Batch) -> tuple[Batch, Tensor]:
     """Lay the rows of a micro-batch end to end.
 
     Args:
         batch: `[b, s]` tensors on the CPU; a document starts where `position_ids` are 0, and so with every row.
-        device: where the model runs.
 
     Returns:
-        `[1, b s]` tensors on the CPU, and their documents on the device.
+        `[1, b s]` tensors, and the bounds of their documents, `[N + 1]` int64; all on the CPU.
     """
     batch = {name: value.flatten().unsqueeze(0) for name, value in batch.items()}
     starts = (batch["position_ids"][0] == 0).nonzero().flatten()
-    bounds = torch.cat([starts, starts.new_tensor([batch["position_ids"].numel()])])
-    return batch, PackedDocuments.of(bounds, device=device)
+    return batch, torch.cat([starts, starts.new_tensor([batch["position_ids"].numel()])])

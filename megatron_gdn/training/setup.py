@@ -91,15 +91,17 @@ def init_distributed(config: Config, launch: Launch, device: torch.device) -> No
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
+        context_parallel_size=config.parallel.context,
     )
     torch.manual_seed(config.run.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed)
     logger.info(
-        "%d processes on %s (%s): tensor %d, pipeline %d, data %d, sequence parallelism %s",
+        "%d processes on %s (%s): tensor %d, context %d, pipeline %d, data %d, sequence parallelism %s",
         launch.world_size,
         device.type,
         dist.get_backend(),
         config.parallel.tensor,
+        config.parallel.context,
         config.parallel.pipeline,
         parallel_state.get_data_parallel_world_size(),
         "on" if config.parallel.sequence else "off",

@@ -26,7 +26,7 @@ TINY = dict(
     vocab_size=VOCABULARY,
 )
 # Few heads that 2 ranks do not divide where they do not divide those of the recipe at some number of ranks up to 8.
-HEADS = {2: 2, 4: 4, 8: 4, 9: 9, 12: 9, 16: 6, 18: 9}
+HEADS = {2: 2, 4: 4, 8: 4, 9: 9, 12: 9, 16: 6, 18: 9, 32: 12}
 
 
 def tiny(path: Path) -> dict:
@@ -47,6 +47,7 @@ def tiny(path: Path) -> dict:
         global_batch_size=8,
         train_tokens=steps * 8 * TOKENS,
         precision="fp32",
+        recompute="none",
         validation_samples=0,
     )
     values["run"] = dict(output_dir="unused", device="cpu")

@@ -51,37 +51,41 @@ def run_config(
     )
 
 
-def sample(index: int) -> dict[str, torch.Tensor]:
-    """Sample `index` of an endless random corpus; every fifth token has no loss, and samples differ in how many."""
+def sample(index: int, documents: list[int] | None = None) -> dict[str, torch.Tensor]:
+    """Sample `index` of an endless random corpus; every fifth token has no loss, and samples differ in how many.
+
+    `documents` are the lengths of its documents; None: one.
+    """
     generator = torch.Generator().manual_seed(index)
     text = torch.randint(VOCABULARY, (TOKENS + 1,), generator=generator)
     mask = (torch.rand(TOKENS, generator=generator) > 0.1 * (index % 5)).float()
-    return dict(tokens=text[:-1], labels=text[1:], loss_mask=mask, position_ids=torch.arange(TOKENS))
+    positions = torch.cat([torch.arange(length) for length in documents or [TOKENS]])
+    return dict(tokens=text[:-1], labels=text[1:], loss_mask=mask, position_ids=positions)
 
 
-def train_steps(config, steps: int = STEPS) -> dict:
+def train_steps(config, steps: int = STEPS, documents: list[int] | None = None) -> dict:
     """Losses, gradient norms, and the weights by name with tensor-parallel rows where this rank has them."""
     from megatron_gdn.training.loop import engine_type
 
     engine = engine_type(config).build(config, vocab_size=VOCABULARY, device=torch.device("cpu"))
-    losses, norms = run_steps(engine, range(steps))
+    losses, norms = run_steps(engine, range(steps), documents)
     engine.sync_parameters()
     with engine.gathered():
         return dict(losses=losses, norms=norms, weights=stored_weights(engine.model))
 
 
-def run_steps(engine, steps: range) -> tuple[list[float], list[float]]:
+def run_steps(engine, steps: range, documents: list[int] | None = None) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of these steps of the endless corpus."""
     from megatron.core import parallel_state
 
     config = engine.config
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    per_pass = config.training.micro_batch_size
-    count = SAMPLES // (per_pass * size)
+    per_pass, per_step = config.training.micro_batch_size, config.training.global_batch_size
+    count = per_step // (per_pass * size)
     losses, norms = [], []
     for step in steps:
-        starts = [step * SAMPLES + (i * size + rank) * per_pass for i in range(count)]
-        batches = [[sample(start + j) for j in range(per_pass)] for start in starts]
+        starts = [step * per_step + (i * size + rank) * per_pass for i in range(count)]
+        batches = [[sample(start + j, documents) for j in range(per_pass)] for start in starts]
         stacked = [{name: torch.stack([s[name] for s in batch]) for name in batch[0]} for batch in batches]
         total = engine.forward_backward(iter(stacked), count)
         norms.append(engine.update())

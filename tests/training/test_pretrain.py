@@ -145,12 +145,20 @@ def test_kill_at_random_moments_loses_nothing(prefix, undisturbed, tmp_path):
     assert_same_run(tmp_path / "run", undisturbed)
 
 
-def test_resume_at_another_layout(prefix, undisturbed, tmp_path):
-    """Saved at TP 2 with sequence parallelism, continued by one process."""
-    parallel = {"tensor": 2, "sequence": True}
-    first = runs.settings(prefix, tmp_path / "run", training={"exit_after_steps": 5}, parallel=parallel)
-    runs.run(first, world_size=2)
-    runs.run(runs.settings(prefix, tmp_path / "run"), resume=True)
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (dict(tensor=2, sequence=True), dict()),
+        (dict(context=2, context_layout="zigzag"), dict(tensor=2)),
+        (dict(tensor=2), dict(context=2)),
+    ],
+    ids=["tp2 sp to one", "cp2 zigzag to tp2", "tp2 to cp2"],
+)
+def test_resume_at_another_layout(prefix, undisturbed, tmp_path, before, after):
+    for parallel, stop in ((before, 5), (after, None)):
+        values = runs.settings(prefix, tmp_path / "run", training={"exit_after_steps": stop}, parallel=parallel)
+        world_size = parallel.get("tensor", 1) * parallel.get("context", 1)
+        runs.run(values, resume=stop is None, world_size=world_size)
     ours, theirs = curve(tmp_path / "run"), curve(undisturbed)
     assert ours.keys() == theirs.keys()
     for step in theirs:
