@@ -27,6 +27,14 @@ FLA = dict(
     sliding_attention=dict(window=20),
     rotary_base=5000,
 )
+H2 = dict(
+    pattern="M-G-S-",
+    mamba_num_heads=6,
+    mamba_head_dim=8,
+    mamba_state_dim=10,
+    mamba_num_groups=2,
+    sliding_attention=dict(window=20),
+)
 EXPERTS = Experts(num_experts=6, top_k=2, ffn_hidden_size=24, shared_ffn_hidden_size=20, layers=(0, 2))
 
 

@@ -69,6 +69,8 @@ def unpadded(found: dict) -> dict:
         ),
         (checkpoints.QWEN, "qwen3_5_text"),
         (checkpoints.QWEN, "qwen3_next"),
+        (checkpoints.H2, "megatron_gdn"),
+        (checkpoints.QWEN | dict(attention_layers={3: dict(rope=False)}), "megatron_gdn"),
     ],
 )
 def test_weights_come_back_bit_by_bit(tmp_path, model, wanted):

@@ -19,6 +19,7 @@ def exported(tmp_path_factory):
         ("qwen3_next", checkpoints.QWEN, checkpoints.EXPERTS),
         ("qwen3_5_text", checkpoints.QWEN, None),
         ("gated_deltanet", checkpoints.FLA, None),
+        ("megatron_gdn", checkpoints.H2, None),
     ):
         path = checkpoints.checkpoint(root / name / "ours", model, experts)
         folder = root / name / "hf"
@@ -28,7 +29,7 @@ def exported(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_text", "gated_deltanet"])
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_text", "gated_deltanet", "megatron_gdn"])
 def test_converted_model_is_the_same(exported, capsys, name):
     path, folder = exported[name]
     assert verify.main([str(path), str(folder)]) == 0

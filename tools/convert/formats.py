@@ -3,6 +3,7 @@
 gated_deltanet    fla: Gated DeltaNet, with plain or sliding-window attention
 qwen3_5_text      transformers: Gated DeltaNet, with gated attention
 qwen3_next        transformers: the same, with fused projections, and with experts
+megatron_gdn      this project's own model in transformers (`import megatron_gdn.hf`): everything else
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_gdn.config import ModelConfig
-from tools.convert import fla, qwen
+from tools.convert import fla, own, qwen
 from tools.convert.architecture import Architecture, Experts
 from tools.convert.errors import ConvertError
 from tools.convert.mapping import Table
@@ -69,6 +70,14 @@ FORMATS = {
             settings=qwen.QWEN3_NEXT_SETTINGS,
             write_config=qwen.write_qwen3_next,
             read_config=qwen.read_config,
+        ),
+        Format(
+            name=own.MODEL_TYPE,
+            table=own.table,
+            obstacles=own.obstacles,
+            settings=own.SETTINGS,
+            write_config=own.write_config,
+            read_config=own.read_config,
         ),
     )
 }

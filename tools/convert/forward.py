@@ -44,7 +44,7 @@ def hidden_states(architecture: Architecture, read: Callable[[str], Tensor], tok
         if layer.symbol == "G":
             x = x + gated_delta_net(h, own, architecture)
         elif layer.symbol == "M":
-            raise NotImplementedError("Mamba2 layers are not compared")
+            x = x + mamba2(h, own, architecture)
         else:
             x = x + attention(h, own, architecture, i)
         if layer.mlp:
@@ -89,10 +89,10 @@ def mixture(x: Tensor, part: Callable[[str], Tensor], architecture: Architecture
     return y
 
 
-def convolve(x: Tensor, kernel: Tensor) -> Tensor:
+def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
     """Depthwise and causal, then SiLU; x `[b, s, channels]`, kernel `[channels, 1, width]`."""
-    width = kernel.shape[-1]
-    return F.silu(F.conv1d(F.pad(x.transpose(1, 2), (width - 1, 0)), kernel, groups=len(kernel)).transpose(1, 2))
+    padded = F.pad(x.transpose(1, 2), (kernel.shape[-1] - 1, 0))
+    return F.silu(F.conv1d(padded, kernel, bias, groups=len(kernel)).transpose(1, 2))
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
@@ -140,6 +140,28 @@ def gated_delta_net(h: Tensor, own: Callable[[str], Tensor], architecture: Archi
     if model.use_output_gate:
         o = o * F.silu(h @ own("in_proj.weight.z").T).unflatten(-1, (-1, V))
     return o.flatten(2) @ own("out_proj.weight").T
+
+
+def mamba2(h: Tensor, own: Callable[[str], Tensor], architecture: Architecture) -> Tensor:
+    """The layer of megatron_gdn/mamba2.py, token by token: S = exp(dt A) S, S += dt B x, y = C S + D x."""
+    model = architecture.model
+    num_heads, groups = model.mamba_num_heads, model.mamba_num_groups
+    x, B, C = (
+        convolve(h @ own(f"in_proj.weight.{name}").T, own(f"conv1d.weight.{name}"), own(f"conv1d.bias.{name}"))
+        for name in "xBC"
+    )
+    x = x.unflatten(-1, (num_heads, -1))
+    B, C = (y.unflatten(-1, (groups, -1)).repeat_interleave(num_heads // groups, 2) for y in (B, C))
+    dt = F.softplus(h @ own("in_proj.weight.dt").T + own("dt_bias"))
+    decay, D = (-own("A_log").exp() * dt).exp(), own("D")
+    S, outputs = x.new_zeros(len(x), num_heads, B.shape[3], x.shape[3]), []
+    for t in range(x.shape[1]):
+        written = torch.einsum("bhn,bhp->bhnp", B[:, t] * dt[:, t, :, None], x[:, t])
+        S = S * decay[:, t, :, None, None] + written
+        outputs.append(torch.einsum("bhn,bhnp->bhp", C[:, t], S) + D[:, None] * x[:, t])
+    y = (torch.stack(outputs, 1).flatten(2) * F.silu(h @ own("in_proj.weight.z").T)).unflatten(-1, (groups, -1))
+    y = y * (y.square().mean(-1, keepdim=True) + model.norm_epsilon).rsqrt()
+    return (y.flatten(2) * own("norm.weight")) @ own("out_proj.weight").T
 
 
 def attention(h: Tensor, own: Callable[[str], Tensor], architecture: Architecture, layer: int) -> Tensor:

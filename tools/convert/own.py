@@ -1,11 +1,21 @@
-"""Names of this project's own transformers model, for what no other format holds: those of the training model's
-parameters, with sections fused as in megatron_gdn/sections.py.
+"""This project's own transformers model, `megatron_gdn.hf`, for what no other format holds.
 
-`megatron_gdn.hf` does not exist yet, so no format in `tools.convert.formats` has this table: the entry comes with the
-model that can load it.
+Its names are those of the training model's parameters, with sections fused as in megatron_gdn/sections.py, and its
+configuration is the `model` section of the run.
 """
 
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from tools.convert.architecture import Architecture, Experts
 from tools.convert.mapping import Row, Table
+from tools.convert.settings import HfConfig, Settings
+
+MODEL_TYPE = "megatron_gdn"
+SETTINGS = Settings(used=("model",), only={}, without_effect=("hidden_size", "num_hidden_layers"))
+_OF_THE_RUN = ("vocab_size", "vocab_multiple", "kernel_backend", "attention_backend", "provider")
+"""Fields of the section that say nothing of the model, or that config.json has elsewhere."""
 
 _ATTENTION = tuple(
     Row(f"self_attention.{name}.weight", f"self_attention.{name}.weight", transform)
@@ -56,3 +66,30 @@ TABLE = Table(
         "*": _ATTENTION,
     },
 )
+
+
+def table(names: Iterable[str]) -> Table:
+    """There is one form of it."""
+    return TABLE
+
+
+def obstacles(architecture: Architecture) -> list[str]:
+    """Reasons why it cannot hold a model."""
+    return ["it has no experts: qwen3_next has"] if architecture.experts else []
+
+
+def write_config(architecture: Architecture) -> HfConfig:
+    """`config.json`, without vocabulary, dtype and special tokens."""
+    model = {name: value for name, value in asdict(architecture.model).items() if name not in _OF_THE_RUN}
+    return {
+        "architectures": ["MegatronGDNForCausalLM"],
+        "model_type": MODEL_TYPE,
+        "model": model,
+        "hidden_size": architecture.model.hidden_size,
+        "num_hidden_layers": len(architecture.layers),
+    }
+
+
+def read_config(config: HfConfig) -> tuple[dict[str, Any], Experts | None]:
+    """Fields of ModelConfig; there are no experts."""
+    return dict(config["model"]), None

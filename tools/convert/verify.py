@@ -4,8 +4,8 @@
 
 First the weights under common names, by their hashes; then logits in float32 on the CPU at every position, and where
 they differ the first layer whose output does. Each side is computed by code of its own: a checkpoint by the formulas of
-this project, gated_deltanet by those of fla's model, the Qwen formats by transformers. Ends with 1 when the models
-differ or one cannot be read, 2 for wrong arguments.
+this project, gated_deltanet by those of fla's model, the other formats by their models in transformers. Ends with 1 when
+the models differ or one cannot be read, 2 for wrong arguments.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_gdn.training.restricted import UnsafeCheckpointError
-from tools.convert import fla_model, forward
+from tools.convert import fla_model, forward, own
 from tools.convert.architecture import Architecture
 from tools.convert.checkpoint import MegatronCheckpoint
 from tools.convert.conversion import Source
@@ -118,10 +118,12 @@ def transformers_hidden_states(folder: Path, model_type: str, tokens: Tensor) ->
         ConvertError: transformers is not installed, or cannot load the folder.
     """
     package = model_type.removesuffix("_text")
+    of_ours = model_type == own.MODEL_TYPE
     try:
         import transformers
 
-        module = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
+        name = "megatron_gdn.hf" if of_ours else f"transformers.models.{package}.modeling_{package}"
+        module = importlib.import_module(name)
     except ImportError as error:
         raise ConvertError(
             f"transformers is needed to run {model_type} ({error}): pip install -e '.[convert]'"
@@ -136,13 +138,14 @@ def transformers_hidden_states(folder: Path, model_type: str, tokens: Tensor) ->
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConvertError(f"transformers cannot load {folder}: {error}") from error
+    layers = model.decoder.layers if of_ours else model.model.layers
     outputs: list[Tensor] = []
     hooks = [
         layer.register_forward_hook(lambda _, __, out: outputs.append(out[0] if isinstance(out, tuple) else out))
-        for layer in model.model.layers
+        for layer in layers
     ]
     with torch.no_grad():
-        embedded = model.model.embed_tokens(tokens)
+        embedded = model.get_input_embeddings()(tokens)
         logits = model.eval()(tokens, use_cache=False).logits
     for hook in hooks:
         hook.remove()
