@@ -17,7 +17,7 @@ from tools.convert import hf_to_megatron, megatron_to_hf, verify
 from tools.convert.architecture import Architecture
 from tools.convert.checkpoint import MegatronCheckpoint
 from tools.convert.errors import ConvertError
-from tools.convert.formats import FORMATS, choose_format
+from tools.convert.formats import FORMATS, choose_format, lines_of
 from tools.convert.safetensors_io import Planned, SafetensorsFolder, parse_size, plan_shards
 
 VOCABULARY, TOKENS = 250, 130  # no multiple of 128; more than two chunks

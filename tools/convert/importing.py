@@ -34,6 +34,7 @@ TARGETS = ("megatron_gdn", "megatron_lm")
 _MLP = ("mlp.linear_fc1", "mlp.linear_fc2")
 _STATEFUL = {
     "G": ("self_attention.in_proj", "self_attention.in_proj_ba", "self_attention.out_proj"),
+    "M": ("self_attention.in_proj", "self_attention.in_proj_dt", "self_attention.out_proj"),
     "*": ("self_attention.linear_qkv", "self_attention.linear_proj"),
     "S": ("self_attention.linear_qkv", "self_attention.linear_proj"),
 }

@@ -4,8 +4,8 @@
 
 First the weights under common names, by their hashes; then logits in float32 on the CPU at every position, and where
 they differ the first layer whose output does. Each side is computed by code of its own: a checkpoint by the formulas of
-this project, gated_deltanet by those of fla's model, the other formats by their models in transformers. Ends with 1 when
-the models differ or one cannot be read, 2 for wrong arguments.
+this project, gated_deltanet by those of fla's model, the other formats by their models in transformers. Ends with 1
+when the models differ or one cannot be read, 2 for wrong arguments.
 """
 
 import argparse
