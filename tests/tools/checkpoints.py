@@ -56,7 +56,7 @@ def random_weights(described: Architecture, dtype: torch.dtype = torch.float32, 
             weights[key] = 0.5 * noise - 0.5
         else:
             weights[key] = noise * (0.5 if ".conv1d." in key else 0.2)
-        keep = key.endswith(("A_log", "dt_bias", "out_norm.weight"))
+        keep = key.endswith(("A_log", "dt_bias", ".D", "out_norm.weight", "self_attention.norm.weight"))
         weights[key] = weights[key] if keep else weights[key].to(dtype)
     return weights
 
