@@ -260,7 +260,8 @@ def compile_cases(arch: str) -> list[Case]:
                     signature=signature,
                     constexprs=dict(H=16, HV=32, K=K, C=CHUNK_SIZE) | options,
                     config=config(config_name("prepare", DTYPES[dtype]), arch, K),
-                    default=default,
+                    # tf32x3 has three products for one, and spills; the option that needs it is off unless asked for.
+                    default=default and "negative" not in what,
                 )
             )
     return cases
