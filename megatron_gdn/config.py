@@ -547,10 +547,6 @@ class Config:
                 f"({training.train_steps * training.tokens_per_step}): warm up for less, or train on more."
             )
         self._check_fp8()
-        if self.engine.name == "deepspeed" and parallel.context > 1:
-            raise ValueError(
-                f"parallel.context ({parallel.context}) must be 1 with engine.name=deepspeed: use engine.name=megatron."
-            )
         if self.engine.name == "deepspeed" and parallel.pipeline > 1:
             raise ValueError(
                 f"parallel.pipeline ({parallel.pipeline}) must be 1 with engine.name=deepspeed, whose ZeRO does not go "

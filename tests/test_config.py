@@ -197,11 +197,6 @@ CONTEXT_ERRORS = [
         r"training.sequence_length \(4100\) must be divisible by parallel.tensor x parallel.context \(8\) with "
         r"parallel.sequence: use a multiple or turn parallel.sequence off",
     ),
-    (
-        "gdn_1.3b",
-        ["parallel.context=2", "engine.name=deepspeed"],
-        r"parallel.context \(2\) must be 1 with engine.name=deepspeed: use engine.name=megatron",
-    ),
 ]
 
 

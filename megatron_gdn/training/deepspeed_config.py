@@ -27,7 +27,7 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
-    samples = training.micro_batch_size * (data_parallel // getattr(config.parallel, "context", 1))
+    samples = training.micro_batch_size * (data_parallel // config.parallel.context)
     ours = {
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": training.global_batch_size // samples,

@@ -13,7 +13,12 @@ from tests.ranks import pool
 from tests.training.test_engine import VOCABULARY, run_config, run_steps, stored_weights, train_steps
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="extra deepspeed")
-LAYOUTS = {"tp2": (2, dict(tensor=2, sequence=True)), "dp2": (2, {}), "tp2 dp2": (4, dict(tensor=2, sequence=True))}
+LAYOUTS = {
+    "tp2": (2, dict(tensor=2, sequence=True)),
+    "dp2": (2, {}),
+    "tp2 dp2": (4, dict(tensor=2, sequence=True)),
+    "cp2": (2, dict(context=2, context_layout="zigzag")),
+}
 
 
 def deepspeed(stage: int, parallel: dict | None = None, **training):
@@ -25,7 +30,8 @@ def megatron(parallel: dict | None = None, **training):
 
 
 def groups(parallel: dict) -> dict:
-    return dict(tensor_model_parallel_size=parallel.get("tensor", 1))
+    sizes = dict(tensor=parallel.get("tensor", 1), context=parallel.get("context", 1))
+    return dict(tensor_model_parallel_size=sizes["tensor"], context_parallel_size=sizes["context"])
 
 
 def assert_same_training(found: dict, expected: dict) -> None:
