@@ -7,6 +7,7 @@ there but does not import serves nothing.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
@@ -156,7 +157,8 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.getLogger("megatron_gdn").setLevel(logging.ERROR)  # what the warnings say is in the table
     warnings.simplefilter("ignore")
-    roles = examine()
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed talks to stdout when it is imported
+        roles = examine()
     if arguments.json:
         json.dump([asdict(role) for role in roles], sys.stdout, indent=1)
         print()

@@ -110,7 +110,7 @@ def test_what_a_step_sends_and_keeps(layout, training, model):
     for rank, (sent, kept) in enumerate(pool(2).run(one_step, config, groups=groups)):
         stage = rank if pipeline > 1 else 0
         for name, expected in cost.communication_bytes(stage).items():
-            assert sent[name] == pytest.approx(expected, rel=0.02), name
+            assert sent.get(name, 0) == pytest.approx(expected, rel=0.02), name
         assert sent["other"] < 0.01 * sum(sent.values())
         expected = cost.memory_bytes(stage)
         for name, found in kept.items():

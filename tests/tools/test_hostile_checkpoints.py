@@ -300,7 +300,7 @@ def test_inspect_says_what_a_folder_is(ours, tmp_path, capsys):
     assert found["hf"]["parameters"] == whole
     assert found["ours"]["parameters"] == whole + 2 * 14 * 32  # rows that pad embedding and output
     assert found["ours"]["step"] == 7 and found["ours"]["vocabulary"] == 50
-    assert found["ours"]["converts to"] == ["gated_deltanet", "qwen3_5_text", "qwen3_next"]
+    assert found["ours"]["converts to"] == ["gated_deltanet", "qwen3_5_text", "qwen3_next", "megatron_gdn"]
     assert set(found["ours"]["dtypes"]) == {"float32"} and set(found["hf"]["dtypes"]) == {"float32", "bfloat16"}
     assert found["hf"]["layers"] == found["ours"]["layers"] == {"G": 2}
     assert inspect_checkpoint.main([str(tmp_path)]) == 1

@@ -13,8 +13,10 @@ import hashlib
 import importlib
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ from tools.convert.safetensors_io import SafetensorsFolder
 ATOL = 1e-3
 """Two programs in float32 differ by about 1e-5 in logits of size 1, the smallest of known faults by 2e-2."""
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+_KERNELS = ("causal_conv1d_fn", "causal_conv1d_update", "torch_chunk_gated_delta_rule")
 _NORM_ROUNDING = 2.0**-23
 """Largest relative error of a norm's weight that was stored less 1 and is near 1."""
 
@@ -128,28 +131,32 @@ def transformers_hidden_states(folder: Path, model_type: str, tokens: Tensor) ->
         raise ConvertError(
             f"transformers is needed to run {model_type} ({error}): pip install -e '.[convert]'"
         ) from None
-    # transformers binds fla's kernels at import where fla is installed, which do not run on a CPU.
-    for name in ("causal_conv1d_fn", "causal_conv1d_update", "torch_chunk_gated_delta_rule"):
-        function = getattr(module, name, None)
+    outputs: list[Tensor] = []
+    with _plain_functions(module), torch.no_grad():
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            ).eval()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConvertError(f"transformers cannot load {folder}: {error}") from error
+        for layer in model.decoder.layers if of_ours else model.model.layers:
+            layer.register_forward_hook(lambda _, __, out: outputs.append(out[0] if isinstance(out, tuple) else out))
+        embedded = model.get_input_embeddings()(tokens)
+        logits = model(tokens, use_cache=False).logits
+    yield from (embedded, *outputs, logits)
+
+
+@contextmanager
+def _plain_functions(module: ModuleType) -> Iterator[None]:
+    """transformers binds fla's kernels at import where fla is installed, which do not run on a CPU."""
+    kept = {name: getattr(module, name) for name in _KERNELS if hasattr(module, name)}
+    for name, function in kept.items():
         setattr(module, name, getattr(function, "__wrapped__", function))
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConvertError(f"transformers cannot load {folder}: {error}") from error
-    layers = model.decoder.layers if of_ours else model.model.layers
-    outputs: list[Tensor] = []
-    hooks = [
-        layer.register_forward_hook(lambda _, __, out: outputs.append(out[0] if isinstance(out, tuple) else out))
-        for layer in layers
-    ]
-    with torch.no_grad():
-        embedded = model.get_input_embeddings()(tokens)
-        logits = model.eval()(tokens, use_cache=False).logits
-    for hook in hooks:
-        hook.remove()
-    yield from (embedded, *outputs, logits)
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(module, name, function)
 
 
 def compare_weights(a: Side, b: Side) -> list[str]:
