@@ -63,7 +63,7 @@ def test_the_committed_table_is_what_the_command_prints():
     found = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr
     assumptions, table = found.stdout.split("\n### ")
-    committed = Path("docs/scaling.md").read_text()
+    committed = Path("megatron_gdn/parallel/scaling.md").read_text()
     assert assumptions.strip() in committed and f"### {table.strip()}" in committed
 
 

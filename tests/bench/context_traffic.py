@@ -3,7 +3,7 @@
     python -m tests.bench.context_traffic [--save]
 
 Counts wrap torch.distributed's collectives around a layer's forward and backward pass, at small widths. --save appends
-to results/context_traffic.json and writes docs/context_traffic.md.
+to results/context_traffic.json and writes megatron_gdn/parallel/context_traffic.md.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from tests.ranks import close_pools, pool
 
 LENGTHS = (256, 1024, 4096)
 LARGE = {"32k": 2**15, "128k": 2**17, "1M": 2**20}
-TABLE = Path("docs/context_traffic.md")
+TABLE = Path("megatron_gdn/parallel/context_traffic.md")
 
 
 def counted(case: str) -> list[dict]:
