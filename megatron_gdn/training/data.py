@@ -5,6 +5,7 @@ samples consumed, is the position in it.
 """
 
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -236,7 +237,7 @@ def data_key(entries: list[str], shards: TextShards | None = None) -> str:
     """A name for the contents of the training data, for a run that continues.
 
     Args:
-        entries: prefixes or "weight prefix"; tokens count by the hash in the manifest, where there is one.
+        entries: prefixes or "weight prefix"; tokens count by the hashes in the manifest, where there is one.
         shards: text in place of them; counts by the files' names and sizes.
     """
     digest = hashlib.sha256()
@@ -247,7 +248,7 @@ def data_key(entries: list[str], shards: TextShards | None = None) -> str:
     for prefix in _prefixes(entries):
         manifest = check_dataset(prefix).manifest
         digest.update(content_key([prefix]).encode())
-        digest.update(manifest["files"]["bin"]["sha256"].encode() if manifest else b"")
+        digest.update(json.dumps(manifest["files"]["bin"], sort_keys=True).encode() if manifest else b"")
     return digest.hexdigest()[:16]
 
 

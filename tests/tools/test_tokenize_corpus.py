@@ -47,6 +47,16 @@ def test_documents_come_back(dataset, tokenizer):
     assert [decoder.decode(documents[i][:-1].tolist()) for i in range(len(documents))] == TEXTS
 
 
+def test_training_knows_the_contents_by_the_manifest(dataset, tokenizer, tmp_path):
+    from megatron_gdn.training.data import data_key
+
+    for name, texts in (("same", TEXTS), ("other", [*TEXTS[:-1], TEXTS[-1][::-1]])):
+        (tmp_path / f"{name}.jsonl").write_bytes(json_lines(texts))
+        assert tokenize(tmp_path / f"{name}.jsonl", tokenizer, tmp_path / name) == 0
+    keys = [data_key([str(prefix)]) for prefix in (dataset, tmp_path / "same", tmp_path / "other")]
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_manifest_tells_the_truth(dataset, tokenizer, corpus):
     manifest = manifest_of(dataset)
     tokens = np.fromfile(f"{dataset}.bin", dtype=manifest["dtype"])

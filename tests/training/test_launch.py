@@ -155,12 +155,12 @@ SRUN = """#!/usr/bin/env bash
 set -u
 while [[ $1 == --* ]]; do [[ $1 == --output=* ]] && output=${1#--output=}; shift; done
 per_node=$((SLURM_NTASKS / 2)) pids=()
+trap 'kill -USR1 "${pids[@]}"' USR1
 for ((task = 0; task < SLURM_NTASKS; task++)); do
     export SLURM_PROCID=$task SLURM_LOCALID=$((task % per_node))
     "$@" >>"${output//%N/node$((task / per_node))}" 2>&1 &
     pids+=($!)
 done
-trap 'kill -USR1 "${pids[@]}"' USR1
 worst=0
 for pid in "${pids[@]}"; do
     wait "$pid"; status=$?
