@@ -134,6 +134,8 @@ def _rule(
         inputs=inputs,
         rounded=("q", "k", "v"),
         gradients=not recurrent,
+        # Entries of T are at most beta: 16 bits round them by up to beta half units, and what is made of them likewise.
+        slack=max(1.0, beta_max),
     )
 
 
