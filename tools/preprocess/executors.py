@@ -33,6 +33,16 @@ def run_pool(units: list[Unit], specification: Specification, folder: Path, work
         InputError: a process was killed.
     """
     context = multiprocessing.get_context("spawn")
+    interrupted = threading.Event()
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(*_) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    if in_main:
+        signal.signal(signal.SIGINT, interrupt)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         pending, waiting = {}, iter(enumerate(units))
         try:
@@ -45,8 +55,12 @@ def run_pool(units: list[Unit], specification: Specification, folder: Path, work
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
                     yield pending.pop(future), future.result()
         except BrokenProcessPool as error:
+            if interrupted.is_set():  # Control-C reached the workers too, and the exception was lost in a callback
+                raise KeyboardInterrupt from None
             raise InputError("a worker process was killed, perhaps for its memory: use fewer --workers.") from error
         finally:
+            if in_main:
+                signal.signal(signal.SIGINT, before)
             for future in pending:
                 future.cancel()
 
