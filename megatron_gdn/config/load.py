@@ -1,0 +1,92 @@
+"""Reading a recipe: YAML, overrides, and errors that name value, rule and remedy."""
+
+import difflib
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_gdn.config.run import Config
+from megatron_gdn.config.types import ConfigError, lower_first
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read a recipe and apply overrides.
+
+    Args:
+        path: a YAML file with the sections of `Config`.
+        overrides: `section.field=value`, the value in YAML.
+
+    Raises:
+        ConfigError: no such file, broken YAML, an unknown key, a value that breaks a rule; all of them at once.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"--config ({path}) cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config ({path}) is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config ({path}) must hold sections such as 'model:' and 'training:'.")
+    for override in overrides or []:
+        _apply_override(values, override)
+    return parse_config(values)
+
+
+def parse_config(values: dict) -> Config:
+    """A Config from nested dictionaries, see `load_config`."""
+    try:
+        return TypeAdapter(Config).validate_python(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; `load_config` of it gives the same run."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+def _apply_override(values: dict, override: str) -> None:
+    key, separator, text = override.partition("=")
+    *path, field = key.split(".")
+    if not (separator and path and all(path) and field):
+        raise ConfigError(f"override ({override!r}) must be section.field=value, such as optimizer.lr=1e-3.")
+    for section in path:
+        values[section] = values.get(section) or {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise ConfigError(f"override ({override!r}) names a part of {section}, which has none: see the recipe.")
+    try:
+        # A pattern may start with "*", which YAML would read as an alias.
+        values[field] = text if text.startswith("*") else yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override ({override!r}) has a value that is not YAML: {error}") from error
+
+
+def _explain(error: dict) -> str:
+    """One line for one of pydantic's errors: value, rule, and for an unknown key the near ones."""
+    location = [str(part) for part in error["loc"]]
+    name = ".".join(location) or "configuration"
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=3, cutoff=0.5) or known
+        prefix = ".".join(location[:-1])
+        names = ", ".join(f"{prefix}.{key}" if prefix else key for key in near)
+        return f"{name} is not a known key: did you mean {names}?"
+    if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{name} is required: set it in the recipe or as {name}=VALUE."
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message if not location else f"{name}: {message}"
+    return f"{name} ({error['input']!r}): {lower_first(message)}."
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    known: Any = Config
+    for part in location:
+        known = next((field.type for field in fields(known) if field.name == part), None)
+        if not is_dataclass(known):
+            return []
+    return [field.name for field in fields(known)]

@@ -1,0 +1,156 @@
+"""Sections of what happens in a run: place, data, optimizer, batch, checkpoints, metrics."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_gdn.config.types import NonNegative, Positive, section
+
+
+@section
+class RunConfig:
+    """Where and on what the run happens."""
+
+    output_dir: str
+    """Folder of the run: checkpoints, metrics, resolved configuration."""
+    seed: NonNegative = 1234
+    """Seed of the initial weights and of the order of the samples."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """cpu uses gloo, cuda NCCL; auto takes cuda where a GPU exists."""
+    timeout_s: Positive = 600
+    """Seconds after which a collective operation that does not complete ends the run."""
+
+
+@section
+class DataConfig:
+    """Indexed datasets; each entry of a list is a prefix, or "weight prefix" for a blend. Or text in tar shards."""
+
+    train: list[str] = Field(min_length=1)
+    """Prefixes of the .bin/.idx pairs to train on; or WebDataset shards, patterns that end in .tar, whose text is
+    tokenised while it is read."""
+    validation: list[str] = Field(default_factory=list)
+    """Prefixes to validate on; empty: the split's second part."""
+    split: str | None = None
+    """Shares of train, validation and test documents, such as "95,5,0", when `validation` is empty."""
+    tokenizer: str | None = None
+    """Folder with tokenizer.json, for WebDataset shards."""
+    text_field: str = "txt"
+    """Field of each sample in the shards that holds the text."""
+    eod_token: str = "<|endoftext|>"
+    """Token that is put after every text of the shards."""
+    cache_dir: str | None = None
+    """Folder of Megatron's sample indices; None: output_dir/cache."""
+    documents: Literal["join", "separate"] = "join"
+    """Documents of a sample; join: one text, as Megatron trains. separate: states, convolutions, attention and
+    positions restart with each, and none predicts the next one's first token; their bounds come from the index. TFLOP/s
+    and MFU still count attention over whole samples."""
+    eod_mask_loss: bool = False
+    """Leave the prediction after an end-of-document token out of the loss."""
+    num_workers: NonNegative = 2
+    """Processes that read ahead; 0 reads in the training process."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether the training data is text in WebDataset shards."""
+        return self.train[0].endswith(".tar")
+
+    def __post_init__(self):
+        if len({entry.endswith(".tar") for entry in self.train}) > 1:
+            raise ValueError(f"train ({self.train}) must be all prefixes or all .tar shards: tokenize the shards.")
+        if self.streams != (self.tokenizer is not None):
+            rule = "is required by" if self.streams else "must be null without"
+            raise ValueError(f"tokenizer ({self.tokenizer}) {rule} .tar shards in data.train.")
+        if self.streams and self.split:
+            raise ValueError(f"split ({self.split}) must be null with .tar shards: set data.validation to a dataset.")
+
+
+@section
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: Annotated[float, Field(gt=0)]
+    """Peak learning rate."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of the decay."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """wsd: warm-up, stable, linear decay over the last decay_tokens."""
+    warmup_tokens: NonNegative = 0
+    """Tokens of linear warm-up from 0."""
+    decay_tokens: NonNegative | None = None
+    """Tokens of wsd's decay; None: the last 10 % of the run."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled decay; norms, A_log, dt_bias and other vectors have none."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+    def __post_init__(self):
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr:g}) must not exceed lr ({self.lr:g}).")
+
+
+@section
+class TrainingConfig:
+    """Batch, length and precision."""
+
+    sequence_length: Positive
+    """Tokens of a sample."""
+    micro_batch_size: Positive = 1
+    """Samples of one forward pass on one data-parallel rank."""
+    global_batch_size: Positive
+    """Samples of one optimizer step."""
+    train_tokens: Positive
+    """Tokens of the whole run; rounded down to whole steps."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16 keeps fp32 master weights, gradients, A_log and dt_bias."""
+    recompute: Literal["none", "full"] = "none"
+    """full: keep only each layer's input for the backward pass."""
+    validation_interval: Positive | None = None
+    """Steps between validations; None: only at the end."""
+    validation_samples: NonNegative = 0
+    """Samples of one validation; 0 turns validation off."""
+    exit_after_steps: Positive | None = None
+    """Save and stop after this step of the schedule, to be resumed."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.global_batch_size * self.sequence_length
+
+    @property
+    def train_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.train_tokens // self.tokens_per_step
+
+    def __post_init__(self):
+        if self.train_steps == 0:
+            raise ValueError(
+                f"train_tokens ({self.train_tokens}) must hold one step of {self.tokens_per_step} tokens: "
+                "raise it or lower global_batch_size."
+            )
+
+
+@section
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    interval: Positive | None = None
+    """Steps between checkpoints; None: only at the end and on SIGTERM."""
+    keep: Positive | None = None
+    """Newest checkpoints that stay; None keeps all."""
+    initial_weights: str | None = None
+    """Folder of checkpoints whose newest gives a new run its weights, such as tools.convert.hf_to_megatron writes."""
+
+
+@section
+class LoggingConfig:
+    """What is reported, and how often."""
+
+    interval: Positive = 1
+    """Steps between rows of metrics."""
+    health_interval: Positive | None = 100
+    """Steps between samples of each layer's gates, states and attention; null: never."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
