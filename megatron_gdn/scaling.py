@@ -14,7 +14,8 @@ from itertools import product
 from pathlib import Path
 
 from megatron_gdn.config import Config, ConfigError, load_config, parse_config
-from megatron_gdn.cost import ModelCost, head_exchange_bytes, model_cost
+from megatron_gdn.cost import ModelCost, model_cost
+from megatron_gdn.layer_cost import head_exchange_bytes
 
 GPUS = (8, 64, 512, 4096)
 LENGTHS = {"32k": 2**15, "128k": 2**17, "1M": 2**20}

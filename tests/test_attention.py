@@ -279,7 +279,7 @@ def test_output_gate_compiles_nothing_on_a_cpu():
 
 
 def windows_of_layers(**settings):
-    from megatron_gdn.attention import SlidingWindowAttention
+    from megatron_gdn.core_attention import SlidingWindowAttention
 
     config = attention_layer.layer_config(num_layers=4, **settings)
     return [SlidingWindowAttention(config, number).window for number in (1, 2, 3, 4)]
@@ -306,7 +306,7 @@ def transformer_engines_core():
     import types
     from unittest import mock
 
-    from megatron_gdn import attention
+    from megatron_gdn import core_attention
 
     class Recorder(torch.nn.Module):
         def __init__(self, config, layer_number, **arguments):
@@ -317,7 +317,7 @@ def transformer_engines_core():
     config = attention_layer.layer_config()
     with (
         mock.patch.dict(sys.modules, {"megatron.core.extensions.transformer_engine": fake}),
-        mock.patch.object(attention, "resolve_attention_backend", lambda *_, **__: "te"),
+        mock.patch.object(core_attention, "resolve_attention_backend", lambda *_, **__: "te"),
     ):
         layers = [attention_layer.build_attention(config, 2, window=w, softmax_scale=0.5) for w in (7, None)]
     assert config.window_size is None and config.softmax_scale is None  # those of the whole model
@@ -415,7 +415,7 @@ def test_wrong_settings(overrides, options, message):
 
 
 def core(config_options=None, **options):
-    from megatron_gdn.attention import SlidingWindowAttention
+    from megatron_gdn.core_attention import SlidingWindowAttention
 
     return SlidingWindowAttention(attention_layer.layer_config(**(config_options or {})), 1, **options)
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_gdn.config import load_config
-from megatron_gdn.cost import mean_context, model_cost, peak_flops
+from megatron_gdn.cost import model_cost, peak_flops
+from megatron_gdn.layer_cost import mean_context
 from tests.ranks import pool
 from tests.training.test_engine import VOCABULARY, run_config
 

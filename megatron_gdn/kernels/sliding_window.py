@@ -30,7 +30,7 @@ from megatron_gdn.optional import MissingPackageError, require
 
 logger = logging.getLogger(__name__)
 
-# "te" is a module of Transformer Engine and no function: megatron_gdn.attention builds it.
+# "te" is a module of Transformer Engine and no function: megatron_gdn.core_attention builds it.
 BACKENDS = ("te", "flash", "flex", "torch")
 # Scores that a block may have, 4 MiB in float32, within the rows below.
 _BLOCK_SCORES = 2**20
@@ -300,7 +300,9 @@ def resolve_attention_backend(
             takes_flash = _installed("flash_attn") and _flash_problem(dtype, head_dims) is None
             backend = "te" if te and _installed("transformer_engine") else "flash" if takes_flash else "flex"
     if backend == "te" and not te:
-        raise ValueError("backend (te) is a module, not a function: use megatron_gdn.attention, or 'flash' or 'flex'.")
+        raise ValueError(
+            "backend (te) is a module, not a function: use megatron_gdn.core_attention, or 'flash' or 'flex'."
+        )
     if backend != "torch" and device_type != "cuda":
         raise ValueError(f"backend ({requested}) needs CUDA, not {device_type}: use 'torch' or 'auto'.")
     if backend == "te":

@@ -11,7 +11,8 @@ import datetime
 from pathlib import Path
 
 from megatron_gdn.config import Config, load_config
-from megatron_gdn.cost import head_exchange_bytes, model_cost
+from megatron_gdn.cost import model_cost
+from megatron_gdn.layer_cost import head_exchange_bytes
 from tests.bench.run import append, commit, machine
 from tests.parallel.layer_traffic import all_layers
 from tests.parallel.test_cost_of_context import NAMES, RANKS, config_of

@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_gdn.cost import head_exchange_bytes, model_cost
+from megatron_gdn.cost import model_cost
+from megatron_gdn.layer_cost import head_exchange_bytes
 from tests.parallel.layer_traffic import all_layers
 from tests.ranks import pool
 from tests.training.test_engine import run_config
