@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.bench import evidence, gpu, rivals, ssd, tune
+from tests.bench import evidence, fla_360m, gpu, rivals, ssd, tune
 from tests.bench.clock import Clock, Limits, Time, measure_limits
 from tests.bench.shapes import (
     BACKWARD_KERNELS,
@@ -209,6 +209,19 @@ def test_tuning_ranks_and_refuses(monkeypatch, capsys):
     assert "num_warps=2" in row and "x the speed of" in row
     assert "refused: {'num_warps': 8" in shown and "<- present" in shown and len(slow) == 6
     assert configs.TABLE["l2norm_forward"] is kept
+
+
+def test_folder_of_fla_is_imported_trained_exported_and_loaded_again():
+    """As `python -m tests.bench.fla_360m` at full size."""
+    found = fla_360m.measure("tiny")
+    config = fla_360m.PUBLIC
+    assert sum(torch.Size(shape).numel() for shape in fla_360m.fla_shapes(config).values()) == 357_781_928
+    for name in ("imported", "exported"):  # two programs in float32
+        assert found[name]["std"] > 0.1 and found[name]["difference"] < 1e-4
+    assert len(found["losses"]) == 2
+    assert found["changed_by_training"] == found["weights"] == 39
+    assert found["largest_change"] < 4 * 4e-4  # two steps of the recipe's learning rate from the imported weights
+    assert found["differ_when_loaded_again"] == []
 
 
 @pytest.mark.timeout(300)
