@@ -72,7 +72,9 @@ def config_name(kernel: str, dtype: torch.dtype) -> str:
 TABLE["prepare"] = {
     arch: [((256, 0), Config(num_warps=4, num_stages=2, block=(("BK", 64),)))] for arch in ARCHITECTURES
 }
-TABLE["prepare float32"] = TABLE["prepare"]
+TABLE["prepare float32"] = {
+    arch: [((256, 0), Config(num_warps=4, num_stages=2, block=(("BK", 32),)))] for arch in ARCHITECTURES
+}
 TABLE["state"] = {
     arch: [((256, 512), Config(num_warps=4, num_stages=2, block=(("BV", 32),)))] for arch in ARCHITECTURES
 }
