@@ -112,6 +112,7 @@ class HybridSelfAttention(SelfAttention):
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
         layer_config = with_window(config, window)
         layer_config.attention_output_gate = output_gate
+        layer_config.qk_layernorm = submodules.q_layernorm is not None  # 0.19 asks for it beside the norms
         layer_config.num_attention_heads, layer_config.num_query_groups = held_heads(
             heads, groups, pg_collection.tp.size()
         )
@@ -187,7 +188,7 @@ class HybridSelfAttention(SelfAttention):
     def get_query_key_value_tensors(self, *args, output_gate: bool = False, **kwargs):
         """The host's; where ranks share a key head, this rank's part of the gate too, which 0.16.1 forgets."""
         found = super().get_query_key_value_tensors(*args, output_gate=output_gate, **kwargs)
-        if not output_gate or self.config.num_query_groups >= self.world_size:
+        if not output_gate or found[0].shape == found[3].shape:
             return found
         query, key, value, gate = found
         sharing = self.world_size // self.config.num_query_groups

@@ -1,5 +1,7 @@
 """Functions that build and run a Gated DeltaNet layer on the ranks of a pool, and put its pieces together again."""
 
+import sys
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -15,6 +17,28 @@ SHAPE = dict(
     linear_value_head_dim=10,
     linear_conv_kernel_dim=4,
 )
+
+
+def l2norm_in_torch(x: torch.Tensor) -> torch.Tensor:
+    """What Megatron takes from fla for its own layer."""
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def replace_in_megatrons_layer(replace=setattr, **names) -> None:
+    """Replace names in the code of Megatron's own layer: one file up to 0.18, since 0.19 a package of several.
+
+    HAVE_FLA=True lets it build without fla, and l2norm is then needed in fla's place.
+    """
+    import megatron.core.ssm.gated_delta_net as theirs
+
+    files = [module for name, module in sys.modules.items() if name.startswith(f"{theirs.__name__}.")]
+    for name, value in names.items():
+        # Without fla, its functions may have no name at all yet.
+        holders = [module for module in files if hasattr(module, name)] or [theirs]
+        for module in holders:
+            if not hasattr(module, name):
+                setattr(module, name, None)
+            replace(module, name, value)
 
 
 def layer_config(sequence_parallel: bool = False, **overrides) -> TransformerConfig:

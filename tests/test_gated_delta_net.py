@@ -277,7 +277,7 @@ def beside_megatrons_layer(sequence_parallel):
     from megatron_gdn.norms import RMSNorm
 
     # Without fla it refuses to build; its deterministic mode then uses its own PyTorch code.
-    theirs.HAVE_FLA, theirs.l2norm = True, lambda x: x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+    gdn_layer.replace_in_megatrons_layer(HAVE_FLA=True, l2norm=gdn_layer.l2norm_in_torch)
     config = gdn_layer.layer_config(sequence_parallel, deterministic_mode=True, activation_func=F.silu)
     ours = gdn_layer.build_layer(config)
     submodules = theirs.GatedDeltaNetSubmodules(ColumnParallelLinear, RMSNorm, RowParallelLinear)

@@ -76,9 +76,12 @@ class AdamW(torch.optim.Optimizer):
         lr: step size.
         betas, eps, weight_decay: as in arXiv 1711.05101.
         adam_w_mode: True for decoupled decay; False adds the decay to the gradient.
+        capturable: for CUDA graphs, which a CPU does not have; since megatron-core 0.17 the host names it.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True):
+    def __init__(
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, capturable=False
+    ):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.adam_w_mode = adam_w_mode
 

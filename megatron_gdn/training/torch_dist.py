@@ -182,7 +182,7 @@ class _Planner(MCoreLoadPlanner):
 
 
 class _LoadStrategy(TorchDistLoadShardedStrategy):
-    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> dict[str, Any]:
+    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, *_) -> dict[str, Any]:
         by_key, flat_mapping, rename_mapping = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
         tensors = [t for t in nested_values(sharded_state_dict) if isinstance(t, ShardedTensor)]
         state = mcore_to_pyt_state_dict(by_key, True)

@@ -58,12 +58,17 @@ def channels_first(cu_seqlens=None, calls: list | None = None):
     return causal_conv1d_fn
 
 
-def counted(function, calls: list):
-    """The function, noting the names of the keywords of each call."""
+def fla_conv(*, cu_seqlens=None, packed=None, **keywords):
+    """Our convolution as it is, called as fla's."""
+    return causal_conv1d(**keywords, cu_seqlens=packed)
+
+
+def counted(function, calls: list, **given):
+    """The function, noting the names of the keywords of each call; `given` take the place of the caller's."""
 
     def call(*args, **keywords):
         calls.append(sorted(keywords))
-        return function(*args, **keywords)
+        return function(*args, **{**keywords, **given})
 
     return call
 
@@ -97,31 +102,30 @@ def megatron_layer(deterministic: bool, **overrides):
 
 def in_megatron(overrides: dict, lengths: tuple[int, ...] | None):
     """Results with their rule, with ours, with the exact one, and the calls of ours; on a rank of the pool."""
-    import megatron.core.ssm.gated_delta_net as theirs
-
-    def reference_norm(x):
-        return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
-
     packed, calls = None if lengths is None else bounds(*lengths), []
     x = gdn_layer.inputs(tokens=sum(lengths or (150,)), batch=1 if lengths else 2)[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(theirs, "HAVE_FLA", True)  # without fla the module refuses to be built
-        patch.setattr(theirs, "l2norm", reference_norm, raising=False)
+        replace = functools.partial(gdn_layer.replace_in_megatrons_layer, patch.setattr)
+        replace(HAVE_FLA=True, l2norm=gdn_layer.l2norm_in_torch)
         host = megatron_layer(True, **overrides)
         reference = results(host, x, lambda module, leaf: per_document(module, leaf, packed))
-        layer = megatron_layer(False, **overrides)
-        layer.load_state_dict(host.state_dict())
-        patch.setattr(theirs, "l2norm", l2norm)
-        patch.setattr(theirs, "causal_conv1d_fn", channels_first(packed, calls))
-        # The module of this version knows no packed sequences: the bounds are bound to the function.
-        bound = {} if packed is None else dict(cu_seqlens=packed)
-        patch.setattr(theirs, "chunk_gated_delta_rule", functools.partial(exact_rule, **bound))
-        exact = results(layer, x, lambda module, leaf: module(leaf, None)[0])
-        calls.clear()
-        rule = counted(functools.partial(chunk_gated_delta_rule, **bound), calls)
-        patch.setattr(theirs, "chunk_gated_delta_rule", rule)
-        ours = results(layer, x, lambda module, leaf: module(leaf, None)[0])
-    return reference, ours, exact, calls
+        # Megatron-Core up to 0.17 takes the convolution from causal_conv1d, later ones take fla's.
+        replace(l2norm=l2norm, causal_conv1d_fn=channels_first(packed, calls))
+        # The module of 0.16 knows no packed sequences: the bounds are bound to the functions.
+        replace(causal_conv1d=lambda **keywords: calls.append("conv") or fla_conv(**keywords, packed=packed))
+        exact, ours = (
+            with_rule(counted(rule, calls, cu_seqlens=packed), host, x, replace, overrides)
+            for rule in (exact_rule, chunk_gated_delta_rule)
+        )
+    return reference, ours, exact, calls[2:]  # those before are of the exact rule
+
+
+def with_rule(rule, host, x, replace, overrides: dict):
+    """Results of Megatron's layer with a function in the place of fla's, which it may look up when it is built."""
+    replace(chunk_gated_delta_rule=rule)
+    layer = megatron_layer(False, **overrides)
+    layer.load_state_dict(host.state_dict())
+    return results(layer, x, lambda module, leaf: module(leaf, None)[0])
 
 
 def per_document(module, x: torch.Tensor, packed: torch.Tensor | None) -> torch.Tensor:
@@ -139,7 +143,10 @@ def test_in_megatron_cores_module(heads, lengths):
     [(theirs, ours, exact, calls)] = pool(1).run(in_megatron, overrides, lengths, groups={})
     assert_agree(ours, theirs)
     assert_agree(ours, exact, exact=True)
-    assert calls == ["conv", ["beta", "g", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel"]]
+    conv, rule = calls
+    assert conv == "conv"
+    needed = ["beta", "g", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel"]
+    assert [name for name in rule if name != "cu_seqlens"] == needed  # cu_seqlens since 0.18
 
 
 # transformers

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.gdn_layer import l2norm_in_torch, replace_in_megatrons_layer
 from tests.ranks import pool
 from tests.tools import checkpoints
 from tools.convert import hf_to_megatron, megatron_to_hf, verify
@@ -66,7 +67,7 @@ def host_model():
     from megatron_gdn.norms import ZeroCenteredRMSNorm
 
     # Without fla it refuses to build; its deterministic mode then uses its own PyTorch code.
-    gdn.HAVE_FLA, gdn.l2norm = True, lambda x: x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+    replace_in_megatrons_layer(HAVE_FLA=True, l2norm=l2norm_in_torch)
     names = [name for name in ARGS if name.startswith(("linear_num", "linear_key", "linear_value", "linear_conv"))]
     config = TransformerConfig(
         num_layers=3,
