@@ -41,7 +41,7 @@ class SlidingWindowAttention(MegatronModule):
         pg_collection: process groups; reads `cp`.
         window: tokens that a token sees, itself included; None: by config's window_size and window_attn_skip_freq,
             which is all tokens where they are not set.
-        backend: "torch", "flash" or "flex".
+        backend: "torch", "flash", "flex", or "auto": by the device of the tensors.
 
     Raises:
         ValueError: a setting of config that this core does not have; a window_size that is not causal, or two windows.
@@ -153,8 +153,8 @@ class CoreAttention:
 
     Args:
         config, layer_number, window and all else: as of `SlidingWindowAttention`.
-        backend: see `megatron_gdn.kernels.sliding_window.resolve_attention_backend`; the device is CUDA where there is
-            one.
+        backend: see `megatron_gdn.kernels.sliding_window.resolve_attention_backend`. Whether it is Transformer Engine's
+            depends on whether there is CUDA, all else on the device of the tensors.
     """
 
     def __new__(
@@ -166,14 +166,15 @@ class CoreAttention:
                 f"attention backend (te) must be another with context_parallel_size {config.context_parallel_size}: "
                 "Transformer Engine knows no fragments; use 'flash' or 'flex'."
             )
-        backend = resolve_attention_backend(
+        chosen = resolve_attention_backend(
             backend,
             "cuda" if torch.cuda.is_available() else "cpu",
             dtype=config.params_dtype,
             head_dims=(config.kv_channels, config.kv_channels),
             te=alone,
         )
-        if backend != "te":
+        if chosen != "te":
+            # What was asked for, not what was chosen: a model on the CPU of a machine with a GPU runs there too.
             return SlidingWindowAttention(config, layer_number, window=window, backend=backend, **kwargs)
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 

@@ -389,7 +389,7 @@ def build(overrides, options):
         (
             dict(attention_dropout=0.1),
             dict(),
-            "attention_dropout (0.1) must be 0.0 with attention backend 'torch': set",
+            "attention_dropout (0.1) must be 0.0 with attention backend 'auto': set",
         ),
         (dict(softmax_type="off-by-one"), dict(), "softmax_type (off-by-one) must be vanilla"),
         (dict(qk_clip=True), dict(), "qk_clip (True) must be False"),
@@ -455,6 +455,24 @@ def call_core(keys=TOKENS, mask_type="causal", bias=False, qkv_format=None):
 def test_core_refuses(function, arguments, message):
     with pytest.raises(RankError, match=re.escape(message)):
         pool(1).run(function, groups={}, **arguments)
+
+
+def core_on_a_cpu_beside_a_gpu():
+    """Of a model that stays on the CPU, built where there is CUDA, and of one built without."""
+    from unittest import mock
+
+    from megatron_gdn.core_attention import CoreAttention
+
+    query, key = torch.randn(TOKENS, 1, 8, 6), torch.randn(TOKENS, 1, 4, 6)
+    with mock.patch.object(torch.cuda, "is_available", lambda: True):
+        core = CoreAttention(attention_layer.layer_config(), 1, window=7)
+        found = core(query, key, key)
+    return found, CoreAttention(attention_layer.layer_config(), 1, window=7, backend="torch")(query, key, key)
+
+
+def test_the_device_of_the_tensors_chooses_the_backend():
+    [(found, expected)] = pool(1).run(core_on_a_cpu_beside_a_gpu, groups={})
+    assert torch.equal(found, expected)
 
 
 def call_layer(options, **arguments):

@@ -147,6 +147,7 @@ class SafetensorsFolder:
             raise ConvertError(f"{folder} has no model.safetensors and no index: pickled weights are not read.")
         self._stored: dict[str, _Stored] = {}
         self._opened: tuple[Path, Any] | None = None
+        self._mapped_bytes = 0
         for name in names:
             path = folder / name
             if Path(name).name != name or not path.is_file():
@@ -184,9 +185,12 @@ class SafetensorsFolder:
     def read(self, name: str) -> Tensor:
         """A tensor, as it is stored."""
         path = self._stored[name].path
-        if self._opened is None or self._opened[0] != path:
-            self._opened = (path, _open(path))  # only one file is mapped at a time
-        return self._opened[1].get_tensor(name)
+        if self._opened is None or self._opened[0] != path or self._mapped_bytes > _BLOCK_BYTES:
+            # Only one file is mapped at a time, and its pages stay in memory for as long as it is.
+            self._opened, self._mapped_bytes = (path, _open(path)), 0
+        found = self._opened[1].get_tensor(name)
+        self._mapped_bytes += found.nbytes
+        return found
 
 
 @dataclass(frozen=True)
