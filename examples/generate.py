@@ -20,7 +20,7 @@ from megatron_gdn.training.restricted import UnsafeCheckpointError
 from megatron_gdn.training.setup import Launch, choose_device, ignore_host_warnings, init_distributed, shutdown
 from tools.convert.checkpoint import MegatronCheckpoint
 from tools.convert.errors import ConvertError
-from tools.preprocess.encode import load_tokenizer
+from tools.preprocess.libraries import load_tokenizer
 from tools.preprocess.sources import ArgumentError
 
 

@@ -14,7 +14,8 @@ from tests.tools.texts import TEXTS, dataset_bytes, json_lines, manifest_of, tok
 from tools.preprocess import inspect_dataset, shards
 from tools.preprocess.characters import AlikeCharacters, byte_letters
 from tools.preprocess.difficult_texts import difficult_texts
-from tools.preprocess.encode import Gigatoken, SpecialTokens, Tokens, choose_engine, open_tokenizer
+from tools.preprocess.encode import Gigatoken, SpecialTokens, choose_engine
+from tools.preprocess.libraries import Tokens, open_tokenizer
 
 # Llama 3's and GPT-4's, which many tokenizers use.
 PATTERN = (
@@ -86,7 +87,7 @@ def test_characters_of_new_unicode_versions(llama3_like, tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     reference = open_tokenizer(str(tmp_path))
     found = Gigatoken(reference).encode([*texts, "plain"])
-    expected = Tokens.from_lists([tokenizer.encode(text).ids for text in [*texts, "plain"]])
+    expected = Tokens.of_each([tokenizer.encode(text).ids for text in [*texts, "plain"]])
     assert found.lengths.tolist() == expected.lengths.tolist() and found.ids.tolist() == expected.ids.tolist()
 
 
@@ -250,13 +251,15 @@ def test_engine_that_splits_at_other_characters(tokenizer):
     settings = open_tokenizer(str(tokenizer)).split_settings()
 
     def reference(_):
-        return lambda texts: [[ord(letter) for letter in text] for text in texts]
+        return lambda text: [ord(letter) for letter in text]
 
     def engine_that_differs_at(character):
-        return lambda _: lambda texts: [[ord(c) + (c == character) for c in text] for text in texts]
+        return lambda _: lambda text: [ord(c) + (c == character) for c in text]
 
     characters = AlikeCharacters(settings, reference, engine_that_differs_at("\u00e9"))
-    covered = {text: characters.covers(text) for text in ("plain", "caf\u00e9", "na\u00efve", "\u00e9", "\u4f60", "")}
-    assert [text for text, covers in covered.items() if not covers] == ["caf\u00e9", "\u00e9"]
+    texts = ["plain", "caf\u00e9", "na\u00efve", "\u00e9", "\u4f60", ""]
+    assert characters.others(texts) == characters.others(texts) == [1, 3]
+    # Also in a group of characters that were not seen before, and texts with what is known and what is not.
+    assert characters.others(["".join(map(chr, range(0xC0, 0x300))), "\u00eb\u4f60\u00ea"]) == [0]
     with pytest.raises(ValueError, match=r"it splits text at \['q'\] in another way"):
         AlikeCharacters(settings, reference, engine_that_differs_at("q"))

@@ -195,7 +195,7 @@ def _end_at_once() -> None:
 
 def test_same_unit_by_two_processes(corpus, tokenizer, tmp_path):
     """As a scheduler does that takes a task for lost: the second writes its own files and both give the same."""
-    from tools.preprocess.encode import open_tokenizer
+    from tools.preprocess.libraries import open_tokenizer
     from tools.preprocess.sources import find_sources, plan_units
 
     reference = open_tokenizer(str(tokenizer))

@@ -8,7 +8,7 @@ import pytest
 
 from tests.tools.texts import TEXTS
 from tools.preprocess import train_tokenizer
-from tools.preprocess.encode import load_tokenizer
+from tools.preprocess.libraries import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+# Tried together; only those of a group that shows a difference are tried one by one.
+_GROUP = 64
 # One of each class, whose splits from the character in question tell its class: letters, digit, symbol, spaces, mark.
 _NEIGHBOURS = ("a", "A", "1", "!", " ", "\n", "\u0301")
 _LEADING, _TRAILING = range(0xC2, 0xF5), range(0x80, 0xC0)  # bytes of UTF-8
@@ -20,7 +22,7 @@ class AlikeCharacters:
 
     Args:
         settings: of the tokenizer, as in tokenizer.json, with a byte-level pre-tokenizer.
-        reference, engine: make what encodes texts, to a list of ids for each, from the settings of a tokenizer.
+        reference, engine: make what encodes a text to its ids from the settings of a tokenizer.
 
     Raises:
         ValueError: the two do not treat ASCII alike.
@@ -35,25 +37,33 @@ class AlikeCharacters:
         if self._different:
             raise ValueError(f"it splits text at {sorted(self._different)} in another way")
 
-    def covers(self, text: str) -> bool:
-        """Whether every character of a text is treated alike."""
-        if text.isascii() or self._alike[np.frombuffer(text.encode("utf-32-le"), np.uint32)].all():
-            return True
-        characters = set(text)
-        if new := [c for c in characters if not self._alike[ord(c)] and c not in self._different]:
-            self._try(sorted(new))
-        return self._different.isdisjoint(characters)
+    def others(self, texts: list[str]) -> list[int]:
+        """Positions of the texts with a character that is not treated alike."""
+        doubtful, new = [], set()
+        for i, text in enumerate(texts):
+            if text.isascii():
+                continue
+            points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+            unknown = points[~self._alike[points]]
+            if len(unknown):
+                doubtful.append(i)
+                new.update(map(chr, np.unique(unknown).tolist()))
+        self._try(sorted(new - self._different))
+        return [i for i in doubtful if not self._different.isdisjoint(texts[i])]
 
     def _try(self, characters: list[str]) -> None:
-        texts = [f"{x}{c}{x}" for c in characters for x in _NEIGHBOURS]
-        expected, found = (encode(texts) for encode in self._encoders)
-        for i, character in enumerate(characters):
-            pairs = range(i * len(_NEIGHBOURS), (i + 1) * len(_NEIGHBOURS))
-            alike = all(np.array_equal(expected[j], found[j]) for j in pairs)
-            if alike:
-                self._alike[ord(character)] = True
-            else:
-                self._different.add(character)
+        for i in range(0, len(characters), _GROUP):
+            group = characters[i : i + _GROUP]
+            for part in [group] if self._are_alike(group) else [[c] for c in group]:
+                if len(part) > 1 or self._are_alike(part):
+                    self._alike[[ord(c) for c in part]] = True
+                else:
+                    self._different.update(part)
+
+    def _are_alike(self, characters: list[str]) -> bool:
+        """Whether each is split alike between every two neighbours of a class."""
+        texts = (x + "".join(c + x for c in characters) for x in _NEIGHBOURS)
+        return all(np.array_equal(*(encode(text) for encode in self._encoders)) for text in texts)
 
 
 def _probe(settings: dict) -> dict:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from megatron_gdn.optional import require
 from tools.preprocess.shards import Specification, tokenize_unit
 from tools.preprocess.sources import InputError, Unit
 
+# What a worker imports anyway.
+_IMPORTS = ["tools.preprocess.shards", "tools.preprocess.merge_datasets", "tqdm", "gigatoken", "orjson"]
 # Units under way per worker, so that none waits and a failure stops soon.
 _AHEAD = 2
 
@@ -26,13 +29,28 @@ def run_here(units: list[Unit], specification: Specification, folder: Path) -> R
         yield i, tokenize_unit(unit, specification, folder)
 
 
+def prepare_pool() -> None:
+    """Start the process that workers are forked from; it imports what they need while this one does something else.
+
+    A fork of this process itself would have its threads' locks.
+    """
+    # Control-C waits until a worker can end without a word; `_start_worker` lets it through.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        multiprocessing.set_forkserver_preload(_IMPORTS)
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def run_pool(units: list[Unit], specification: Specification, folder: Path, workers: int) -> Results:
     """Position and record of each unit as they are done, by processes of this machine.
 
     Raises:
         InputError: a process was killed.
     """
-    context = multiprocessing.get_context("spawn")
+    prepare_pool()
+    context = multiprocessing.get_context("forkserver")
     interrupted = threading.Event()
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGINT)
@@ -103,6 +121,7 @@ def _tokenize_in(cwd: str, unit: Unit, specification: Specification, folder: Pat
 def _start_worker() -> None:
     """End with the process that started this one: a worker of a killed parent would wait for tasks for ever."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the main process says what happened
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_gdn.training.indexed import DatasetError, IndexedFiles, check_dataset
-from tools.preprocess.encode import open_tokenizer
 from tools.preprocess.indexed import blocks_of, sha256_of
+from tools.preprocess.libraries import open_tokenizer
 from tools.preprocess.merge_datasets import without_suffix
 from tools.preprocess.sources import ArgumentError
 

@@ -1,25 +1,19 @@
 """Texts of the records of a unit, in batches of a few MB whatever the size of the file."""
 
 import codecs
-import gzip
 import hashlib
 import json
-import lzma
 import re
-import sys
 import tarfile
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple
 
 from megatron_gdn.optional import require
 from tools.preprocess.sources import Unit, open_source
+from tools.preprocess.streams import HashedFile, Tail, broken_errors, decompressed, read_up_to
 
 _BATCH_BYTES = 2**22
-# zstd can make thousands of bytes of one, so it is fed little at a time.
-_ZSTD_BYTES = 2**16
 # Name of a member: the sample it belongs to, then the field; and members that are not data. webdataset 1.0.2,
 # tariterators.base_plus_ext and tar_file_iterator.
 _MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
@@ -85,7 +79,7 @@ class UnitReader:
             for batch in read[source.kind]():
                 seen = seen or bool(batch.numbers or batch.problems)
                 yield batch
-        except _broken_errors() as error:
+        except broken_errors() as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # of the disk or the network, not of the file
             where = f" after record {self.num_records}" if self.num_records else ""
@@ -96,9 +90,9 @@ class UnitReader:
     def _read_jsonl(self) -> Iterator[Batch]:
         with open_source(self.unit.source.path) as file:
             if self.unit.source.compression:
-                hashed = _HashedFile(file, self._digest)
-                with _decompressed(hashed, self.unit.source.compression) as plain:
-                    yield from self._parse_lines(iter(lambda: _read_up_to(plain, _BATCH_BYTES), b""), False)
+                hashed = HashedFile(file, self._digest)
+                with decompressed(hashed, self.unit.source.compression) as plain:
+                    yield from self._parse_lines(iter(lambda: read_up_to(plain, _BATCH_BYTES), b""), False)
                 hashed.drain()
                 return
             inside_line = False
@@ -200,9 +194,9 @@ class UnitReader:
     def _read_txt(self) -> Iterator[Batch]:
         batch = Batch()
         with open_source(self.unit.source.path) as file:
-            hashed = _HashedFile(file, self._digest)
-            with _decompressed(hashed, self.unit.source.compression) as plain:
-                data = _read_up_to(plain, self._limit + 1)
+            hashed = HashedFile(file, self._digest)
+            with decompressed(hashed, self.unit.source.compression) as plain:
+                data = read_up_to(plain, self._limit + 1)
                 while plain.read(_BATCH_BYTES):
                     pass
             hashed.drain()
@@ -252,9 +246,9 @@ class UnitReader:
 
     def _read_tar(self) -> Iterator[Batch]:
         with open_source(self.unit.source.path) as file:
-            hashed = _HashedFile(file, self._digest)
-            with _decompressed(hashed, self.unit.source.compression) as plain:
-                tail = _Tail(plain)
+            hashed = HashedFile(file, self._digest)
+            with decompressed(hashed, self.unit.source.compression) as plain:
+                tail = Tail(plain)
                 with tarfile.open(fileobj=tail, mode="r|") as archive:
                     yield from self._batches_of_samples(archive)
                 while tail.read(_BATCH_BYTES):
@@ -342,100 +336,3 @@ def _first_byte(row_group) -> int:
     if column.has_dictionary_page and column.dictionary_page_offset:
         start = min(start, column.dictionary_page_offset)
     return start
-
-
-def _read_up_to(file: BinaryIO, num_bytes: int) -> bytes:
-    """Read `num_bytes`, or all when there are fewer; one call of `read` may give less."""
-    blocks = []
-    while num_bytes and (block := file.read(num_bytes)):
-        blocks.append(block)
-        num_bytes -= len(block)
-    return b"".join(blocks)
-
-
-def _broken_errors() -> tuple[type[Exception], ...]:
-    """What the libraries raise for files that are cut or broken."""
-    errors = [EOFError, lzma.LZMAError, zlib.error, OSError, tarfile.TarError]
-    if "zstandard" in sys.modules:
-        errors.append(sys.modules["zstandard"].ZstdError)
-    if "pyarrow" in sys.modules:
-        errors.append(sys.modules["pyarrow"].ArrowException)
-    return tuple(errors)
-
-
-@contextmanager
-def _decompressed(file: BinaryIO, compression: str) -> Iterator[BinaryIO]:
-    if compression == "gz":
-        with gzip.GzipFile(fileobj=file) as plain:
-            yield plain
-    elif compression == "xz":
-        with lzma.LZMAFile(file) as plain:
-            yield plain
-    elif compression == "zst":
-        yield _ZstdFile(file)
-    else:
-        yield file
-
-
-class _HashedFile:
-    """Reads a file from start to end and hashes it."""
-
-    def __init__(self, file: BinaryIO, digest):
-        self._file, self._digest = file, digest
-
-    def read(self, num_bytes: int = -1) -> bytes:
-        block = self._file.read(num_bytes)
-        self._digest.update(block)
-        return block
-
-    def drain(self) -> None:
-        while self.read(_BATCH_BYTES):
-            pass
-
-    def seekable(self) -> bool:
-        return False
-
-    def readable(self) -> bool:
-        return True
-
-    closed = False
-
-
-class _ZstdFile:
-    """Frames of zstd one after the other; zstandard's own stream reader takes a cut frame for a whole one."""
-
-    def __init__(self, file: BinaryIO):
-        self._file, self._frame, self._ahead = file, None, b""
-        zstandard = require("zstandard", extra="preprocess", purpose="zst input")
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-
-    def read(self, num_bytes: int) -> bytes:
-        while True:
-            if self._ahead:
-                block, self._ahead = self._ahead[:num_bytes], self._ahead[num_bytes:]
-                return block
-            data = self._file.read(_ZSTD_BYTES)
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("a zstd frame ends too early")
-                return b""
-            parts = []
-            while data:
-                self._frame = self._frame or self._decompressor.decompressobj()
-                parts.append(self._frame.decompress(data))
-                data = self._frame.unused_data if self._frame.eof else b""
-                if self._frame.eof:
-                    self._frame = None
-            self._ahead = b"".join(parts)
-
-
-class _Tail:
-    """Reads a stream and keeps its last two blocks of a tar file."""
-
-    def __init__(self, file: BinaryIO):
-        self._file, self.last = file, b""
-
-    def read(self, num_bytes: int) -> bytes:
-        block = self._file.read(num_bytes)
-        self.last = (self.last + block)[-2 * tarfile.BLOCKSIZE :] if len(block) < 1024 else block[-1024:]
-        return block

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from tools.preprocess.encode import Gigatoken, SpecialTokens, Tokens, engine_version, open_tokenizer
+from tools.preprocess.encode import Gigatoken, SpecialTokens, engine_version
 from tools.preprocess.indexed import IndexedWriter, optimal_dtype, sha256_of, write_json
+from tools.preprocess.libraries import Tokens, open_tokenizer
 from tools.preprocess.readers import Batch, DamagedError, Problem, UnitReader
 from tools.preprocess.sources import InputError, Unit
 

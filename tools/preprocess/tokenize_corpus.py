@@ -25,9 +25,10 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_gdn.training.indexed import DatasetError, check_dataset
-from tools.preprocess.encode import ENGINES, choose_engine, engine_version, open_tokenizer
-from tools.preprocess.executors import run_here, run_pool, run_ray
+from tools.preprocess.encode import ENGINES, choose_engine, engine_version
+from tools.preprocess.executors import prepare_pool, run_here, run_pool, run_ray
 from tools.preprocess.indexed import Output, contents, optimal_dtype, write_json
+from tools.preprocess.libraries import open_tokenizer
 from tools.preprocess.merge_datasets import concatenate_records
 from tools.preprocess.readers import DamagedError, UnitReader
 from tools.preprocess.shards import Specification, key_of
@@ -108,7 +109,9 @@ def tokenize(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         InputError: a bad record or file under --on-error fail, no document at all, another process at the same output.
     """
     check_arguments(arguments)
-    sources = find_sources(arguments.input)
+    units = plan_units(find_sources(arguments.input), int(arguments.unit_mb * 1e6))
+    if _uses_pool(units, arguments):
+        prepare_pool()
     tokenizer = open_tokenizer(arguments.tokenizer, allow_special=arguments.special_in_text == "allow")
     eod_id = None
     if arguments.append_eod:
@@ -116,7 +119,6 @@ def tokenize(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         eod_id = tokenizer.token_id(token)
         if eod_id is None:
             raise ArgumentError(f"--eod-token ({token}) must be a token of {arguments.tokenizer}: name one it has.")
-    units = plan_units(sources, int(arguments.unit_mb * 1e6))
     manifests = []
     for key in arguments.text_key:
         sample = _sample(units, key, arguments)
@@ -139,6 +141,10 @@ def tokenize(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         mine = units_of_shard(units, arguments.num_shards, arguments.shard_index)
         manifests.append(make_dataset(mine, specification, prefix, arguments))
     return manifests
+
+
+def _uses_pool(units: list[Unit], arguments: argparse.Namespace) -> bool:
+    return arguments.executor == "local" and min(arguments.workers, len(units)) > 1
 
 
 def make_dataset(
@@ -202,10 +208,10 @@ class _Run:
         """
         if arguments.executor == "ray":
             results = run_ray(self.units, specification, work)
-        elif arguments.workers == 1 or len(self.units) == 1:
-            results = run_here(self.units, specification, work)
-        else:
+        elif _uses_pool(self.units, arguments):
             results = run_pool(self.units, specification, work, min(arguments.workers, len(self.units)))
+        else:
+            results = run_here(self.units, specification, work)
         records: list[Any] = [None] * len(self.units)
         total, start = sum(unit.end - unit.start for unit in self.units), time.monotonic()
         quiet = not sys.stderr.isatty()
