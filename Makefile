@@ -14,6 +14,9 @@ $(VENV)/.installed: setup.py megatron_gdn/version.py
 	$(BIN)/python -m pip install --quiet -e '.[$(EXTRAS)]'
 	# Beside the packages, for one test: Transformer Engine's recipe classes, without a compiled part.
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/transformer-engine transformer-engine==2.20.2
+	# For another test, the newest release that layers and training support, where Python has a wheel of it.
+	-$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python --only-binary :all: \
+		--target $(VENV)/megatron-core-0.19 megatron-core==0.19.2
 	touch $@
 
 lint: venv

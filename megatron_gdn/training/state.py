@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import megatron.core
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -69,6 +70,7 @@ class TrainState:
         info = {
             "version": __version__,
             "torch": str(torch.__version__),
+            "megatron_core": str(megatron.core.__version__),
             "step": self.step,
             "consumed_samples": self.consumed_samples,
             "world_size": torch.distributed.get_world_size(),

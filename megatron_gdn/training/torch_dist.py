@@ -36,6 +36,8 @@ from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
 from megatron_gdn.training.restricted import UnsafeCheckpointError, named_global, read_metadata
 
 Digests = dict[str, dict[str, Any]]
+COMMON_STATE = "common_state/shard_0_1"
+"""The object in which Megatron-Core 0.19 stores what earlier releases, and `write`, put into `common.pt`."""
 
 
 class _HashingStream(io.RawIOBase):
@@ -210,10 +212,14 @@ def read(sharded_state: dict[str, Any], directory: Path) -> dict[str, Any]:
     Raises:
         UnsafeCheckpointError: a pickle that names anything but plain values, or a path out of the folder.
     """
+    # Megatron reads it again, but leaves the restriction to a default that an environment variable lifts, or to none.
     path = directory / "common.pt"
-    try:
-        # Megatron reads it again, but leaves the restriction to a default that an environment variable lifts.
-        torch.load(path, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        raise UnsafeCheckpointError(f"{path} is refused: {named_global(error)}") from error
+    if path.is_file():
+        try:
+            torch.load(path, weights_only=True, map_location="cpu")
+        except pickle.UnpicklingError as error:
+            raise UnsafeCheckpointError(f"{path} is refused: {named_global(error)}") from error
+    else:
+        planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        dcp.load({COMMON_STATE: io.BytesIO()}, storage_reader=_Reader(directory), planner=planner, no_dist=True)
     return megatron_load(sharded_state, str(directory), sharded_strategy=_LoadStrategy())

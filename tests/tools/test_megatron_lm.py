@@ -149,9 +149,10 @@ def logits(model) -> torch.Tensor:
     return found[..., : checkpoints.VOCABULARY]
 
 
-def written(folder: Path):
-    """Megatron's layout of folders and arguments; the logits of the model."""
+def written(folder: Path, common_object: bool = False):
+    """Megatron's layout of folders and arguments, these in common.pt or in an object; the logits of the model."""
     from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     from megatron_gdn.training import torch_dist
 
@@ -163,8 +164,12 @@ def written(folder: Path):
                 param.add_(torch.rand(param.shape, generator=generator) - 0.5)
     (folder / "iter_0000007").mkdir(parents=True)
     groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    state = model.sharded_state_dict(metadata=groups) | {"args": argparse.Namespace(**ARGS), "iteration": 7}
-    torch_dist.write(state, folder / "iter_0000007")
+    common = {"args": argparse.Namespace(**ARGS), "iteration": 7}
+    if common_object:
+        common = {"common": ShardedObject("common_state", common, (1,), (0,))}
+    torch_dist.write(model.sharded_state_dict(metadata=groups) | common, folder / "iter_0000007")
+    if common_object:
+        (folder / "iter_0000007/common.pt").unlink()
     (folder / "latest_checkpointed_iteration.txt").write_text("7")
     return logits(model)
 
@@ -182,9 +187,9 @@ def loaded(folder: Path):
     return logits(model)
 
 
-@pytest.mark.parametrize("wanted", ["qwen3_next", "qwen3_5_text"])
-def test_checkpoint_of_megatrons_own_layer(tmp_path, wanted, capsys):
-    [theirs] = pool(1).run(written, tmp_path / "megatron", groups={})
+@pytest.mark.parametrize("wanted, release", [("qwen3_next", "0.16"), ("qwen3_5_text", "0.16"), ("qwen3_next", "0.19")])
+def test_checkpoint_of_megatrons_own_layer(tmp_path, wanted, release, capsys):
+    [theirs] = pool(1).run(written, tmp_path / "megatron", common_object=release == "0.19", groups={})
     folder = tmp_path / "hf"
     arguments = ["--checkpoint", str(tmp_path / "megatron"), "--output", str(folder), "--format", wanted]
     assert megatron_to_hf.main(arguments) == 0

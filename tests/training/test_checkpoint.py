@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_gdn.training import checkpoint
+from megatron_gdn.training import checkpoint, torch_dist
 from megatron_gdn.training.checkpoint import CheckpointError, CheckpointStore, verify
 from tests.ranks import RankError, pool
 
@@ -92,8 +92,6 @@ def save_with_megatron(path):
 
 
 def load_with_our_reader(path):
-    from megatron_gdn.training import torch_dist
-
     check_local(torch_dist.read(sharded_state(False), path))
 
 
@@ -246,6 +244,17 @@ def write_poisoned_object(root, canary):
     CheckpointStore(root).save(1, state, info={})
 
 
+def write_poisoned_common_object(root, canary):
+    """As Megatron-Core 0.19 writes what is common to all ranks."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    path = root / "step_00000001"
+    path.mkdir(parents=True)
+    common = ShardedObject("common_state", {"step": Payload(canary)}, (1,), (0,), replica_id=0)
+    torch_dist.write(sharded_state(True) | {"common": common}, path)
+    (path / "common.pt").unlink()
+
+
 def load_where_torch_is_told_to_run_code(path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
@@ -253,12 +262,14 @@ def load_where_torch_is_told_to_run_code(path):
 
 
 @pytest.mark.parametrize("load", [load_with_our_reader, load_where_torch_is_told_to_run_code])
-@pytest.mark.parametrize("poison", [poison_metadata, poison_common, None])
+@pytest.mark.parametrize(
+    "poison", [poison_metadata, poison_common, write_poisoned_object, write_poisoned_common_object]
+)
 def test_malicious_pickle_is_refused(tmp_path, poison, load):
     """The manifest is no defence here: who can write the pickle can write the manifest."""
     canary = tmp_path / "canary"
-    if poison is None:
-        pool(1).run(write_poisoned_object, tmp_path / "root", canary)
+    if poison.__name__.startswith("write_"):
+        pool(1).run(poison, tmp_path / "root", canary)
         assert not canary.exists()
     else:
         pool(1).run(save, tmp_path / "root")

@@ -2,7 +2,8 @@
 
     .metadata  *.distcp  common.pt  metadata.json      Megatron's torch_dist, of any parallel layout
     info.json                                          this project's: the configuration of the run
-    ../latest_checkpointed_iteration.txt               Megatron-LM's: its arguments are in common.pt
+    ../latest_checkpointed_iteration.txt               Megatron-LM's: its arguments are in common.pt, of
+                                                       Megatron-Core 0.19 in an object of the *.distcp
 
 Keys are this project's; Megatron-LM's names of the norms that Transformer Engine fuses into linear layers are read as
 those of the norms by themselves.
@@ -32,6 +33,8 @@ from tools.convert.megatron_lm import architecture_of_args, our_key, read_args
 _OTHER = ("optimizer.", "chained_", "rng", "rerun_state_machine_state")
 # Weights in float32 that a run in bfloat16 keeps, in either of the layouts that can be read at other parallel sizes.
 _MASTER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_)?param\.(.+)")
+# Megatron-Core 0.19 stores an object of this name in the place of common.pt.
+_COMMON_STATE = "common_state/shard_0_1"
 _EXPERTS = re.compile(r"\.mlp\.experts\.experts\.linear_fc[12]\.weight$")
 
 
@@ -72,6 +75,7 @@ class MegatronCheckpoint:
                     "run in bf16 whose optimizer is stored for any layout."
                 )
             names = masters
+        self._common: _Chunk | None = None
         self._tensors: dict[str, TensorStorageMetadata] = {name: entries[key] for key, name in names.items()}
         self._chunks: dict[str, list[_Chunk]] = {name: [] for name in names.values()}
         sizes = {(key, tuple(chunk.offsets)): tuple(chunk.sizes) for key in names for chunk in entries[key].chunks}
@@ -81,6 +85,9 @@ class MegatronCheckpoint:
                 place = dict(path=self.path / info.relative_path, start=info.offset, length=info.length)
                 shape = sizes.get((index.fqn, offsets), ())
                 self._chunks[names[index.fqn]].append(_Chunk(offsets=offsets, sizes=shape, **place))
+            elif index.fqn == _COMMON_STATE:
+                place = dict(path=self.path / info.relative_path, start=info.offset, length=info.length)
+                self._common = _Chunk(offsets=(), sizes=(), **place)
 
     @cached_property
     def _keys(self) -> list[str]:
@@ -168,7 +175,14 @@ class MegatronCheckpoint:
     @cached_property
     def args(self) -> dict[str, Any]:
         """Megatron-LM's arguments; empty where there are none."""
-        return read_args(self.path / "common.pt")
+        path = self.path / "common.pt"
+        if path.is_file():
+            return read_args(path.read_bytes(), path)
+        if self._common is None:
+            return {}
+        with self._common.path.open("rb") as file:
+            file.seek(self._common.start)
+            return read_args(file.read(self._common.length), self._common.path)
 
     @cached_property
     def architecture(self) -> Architecture:

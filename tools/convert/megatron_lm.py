@@ -75,26 +75,27 @@ class _Unpickler(pickle.Unpickler):
         return _Unread()
 
 
-def read_args(path: Path) -> dict[str, Any]:
-    """Megatron-LM's arguments in a `common.pt`, by name; empty where there are none.
+def read_args(content: bytes, path: Path) -> dict[str, Any]:
+    """Megatron-LM's arguments by name; empty where there are none.
 
     Args:
-        path: the file.
+        content: what torch wrote, of a `common.pt` or of the object that has its place since Megatron-Core 0.19.
+        path: the file that it is from.
 
     Raises:
         ConvertError: not a file that torch wrote.
         UnsafeCheckpointError: it names anything but values.
     """
-    if not path.is_file():
-        return {}
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
             found = _Unpickler(archive.read(name), path).load()
     except UnsafeCheckpointError:
         raise
     except (zipfile.BadZipFile, ValueError, EOFError, pickle.UnpicklingError, LookupError, TypeError) as error:
         raise ConvertError(f"{path} cannot be read ({error!r}): copy the checkpoint whole.") from error
+    if isinstance(found, list) and found:  # the object is a list of one
+        found = found[0]
     args = found.get("args") if isinstance(found, dict) else None
     return vars(args) if isinstance(args, SimpleNamespace) else {}
 
