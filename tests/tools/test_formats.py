@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -162,7 +163,19 @@ SETTINGS = {
     "attention residuals": (dict(attnres_block_size=4), r"attnres_block_size \(4\) must be None"),
     "biases": (dict(attn=dict(layers=[1], num_heads=2, qkv_bias=True)), r"attn.qkv_bias \(true\) must be false"),
     "attention nobody knows": (dict(attn=dict(layers=[1], num_heads=2, alibi=1)), r"attn.alibi \(1\) is not known"),
-    "layer that is not there": (dict(attn=dict(layers=[7], num_heads=2)), "is not a configuration of gated_deltanet"),
+    **{
+        f"layers {layers} of attention": (
+            dict(attn=dict(layers=layers, num_heads=2)),
+            re.escape(f"attn.layers ({layers}) must name layers from 0 to 1, and each once"),
+        )
+        for layers in ([7], [-1], [1, 1], [1.0])
+    },
+    "no number": (dict(head_dim=float("nan")), "describes a model that cannot be built: cannot convert float NaN"),
+    "endless": (dict(num_hidden_layers=10**9), r"num_hidden_layers \(1000000000\) must be a whole number from 1 to"),
+    "null that is not false": (dict(use_short_conv=None), r"use_short_conv \(None\) must be True"),
+    "length": (dict(max_position_embeddings="3"), r"max_position_embeddings \(3\) must be a positive whole number"),
+    "no tokens": (dict(eos_token_id=[]), r"eos_token_id \(\[\]\) must be the id of a token, a list of some, or null"),
+    "type that is no name": (dict(model_type=["kda"]), "is not a model's configuration .*model_type must be a name"),
     "fraction of a base": (dict(attn=dict(layers=[1], num_heads=2, rope_theta=0.5)), r"rope_theta \(0.5\) must be"),
     "quantized": (dict(quantization_config={"bits": 4}), "settings that no version of this format has: quantization"),
     **{name: (dict(model_type=name), re.escape(f"({name}) must be one of")) for name in ("kda", "olmo_hybrid")},
@@ -177,8 +190,8 @@ def test_settings_without_an_equal_are_refused(tmp_path, capsys, case):
     assert hf_to_megatron.main(["--hf", str(folder), "--output", str(tmp_path / "again")]) == 1
     error = capsys.readouterr().err
     assert re.search(message, error), error
-    if settings.get("model_type") in REFUSED:
-        assert REFUSED[settings["model_type"]] in error
+    if isinstance(name := settings.get("model_type"), str) and name in REFUSED:
+        assert REFUSED[name] in error
     assert not (tmp_path / "again").exists()
 
 
@@ -189,6 +202,7 @@ def test_settings_without_an_equal_are_refused(tmp_path, capsys, case):
         (dict(attention_bias=True), r"attention_bias \(True\) must be False"),
         (dict(layer_types=["linear_attention"]), r"layer_types .* must be 3 of"),
         (dict(attn_output_gate=False), r"attn_output_gate \(False\) must be True"),
+        (dict(rope_theta=7.0), r"rope_theta \(7.0\) and that of rope_parameters \(5000.0\) differ"),
     ],
 )
 def test_settings_of_qwen_without_an_equal_are_refused(tmp_path, capsys, settings, message):
@@ -279,6 +293,33 @@ def test_transformers_own_experts(tmp_path, capsys):
     assert back.keys() == made.keys()
     for key, value in made.items():  # the norm of the output went through weight - 1
         assert (back[key] - value).abs().max() <= (2**-23 if key.endswith("linear_attn.norm.weight") else 0), key
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["each by itself", "packed"])
+def test_experts_of_qwen3_5(tmp_path, capsys, packed):
+    """As transformers writes them, and as they are in memory and in releases; mtp.* is left out."""
+    transformers = pytest.importorskip("transformers", reason="pip install -e '.[convert]'")
+    every = replace(checkpoints.EXPERTS, layers=(0, 1, 2))
+    described = checkpoints.architecture(checkpoints.QWEN, every)
+    path = checkpoints.write(tmp_path / "ours", described, checkpoints.random_weights(described))
+    made = export(path, tmp_path / "made", "--format", "qwen3_5_moe_text")
+    model = transformers.AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
+    if packed:
+        shutil.copytree(made, tmp_path / "hf")
+        state = {name: value.contiguous() for name, value in model.state_dict().items()}
+        assert state["model.layers.0.mlp.experts.gate_up_proj"].shape == (6, 48, 32)
+        state["mtp.layers.0.mlp.experts.gate_up_proj"] = torch.ones(6, 48, 32)
+        save_file(state, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+        command = ["--hf", str(tmp_path / "hf"), "--output", str(tmp_path / "no"), "--for", "megatron_lm"]
+        assert hf_to_megatron.main(command) == 1
+        assert "no rule converts mtp.layers.0.mlp.experts.gate_up_proj" in capsys.readouterr().err
+    else:
+        model.save_pretrained(tmp_path / "hf")
+        assert "model.layers.0.mlp.experts.5.down_proj.weight" in load_file(tmp_path / "hf" / "model.safetensors")
+    again = load(tmp_path / "hf", tmp_path / "megatron", "--for", "megatron_lm", "--drop", "mtp.*")
+    assert MegatronCheckpoint(again).architecture.experts == every
+    assert verify.main([str(again), str(made)]) == 0  # weights, then logits against transformers
+    assert verify.main([str(again), str(path), "--weights-only"]) == 0
 
 
 def args_of(described: Architecture, **changes) -> argparse.Namespace:

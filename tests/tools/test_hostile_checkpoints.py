@@ -194,6 +194,43 @@ def test_full_disk(ours, tmp_path, capsys, monkeypatch):
         assert file.read_bytes() == (tmp_path / "hf" / file.name).read_bytes()
 
 
+def test_full_disk_of_an_import(ours, tmp_path, capsys, monkeypatch):
+    assert exported(ours, tmp_path / "hf") == 0
+    command = ["--hf", str(tmp_path / "hf"), "--output", str(tmp_path / "again")]
+    monkeypatch.setattr("tools.convert.conversion.free_bytes", lambda path: 10)
+    assert hf_to_megatron.main(command) == 1
+    assert re.search(r"needs 0.\d MB and the disk has 0.0 MB", capsys.readouterr().err)
+    monkeypatch.undo()
+    read, done = Progress.read, []
+
+    def full_after_ten(self, name):
+        done.append(name)
+        if len(done) == 11:
+            raise OSError(28, "No space left on device")
+        return read(self, name)
+
+    monkeypatch.setattr(Progress, "read", full_after_ten)
+    assert hf_to_megatron.main(command) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists() and not list(tmp_path.glob("again.partial/*/*.distcp"))
+    monkeypatch.undo()
+    assert hf_to_megatron.main([*command, "--resume"]) == 0
+    assert verify.main([str(ours), str(tmp_path / "again"), "--weights-only"]) == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "{", "[]", "null", '{"model_type": {}}'], ids=["deep", "cut", "list", "null", "no name"]
+)
+def test_configuration_that_is_none(tmp_path, capsys, text):
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    folder = str(tmp_path)
+    assert hf_to_megatron.main(["--hf", folder, "--output", str(tmp_path / "out")]) == 1
+    assert verify.main([folder, folder]) == inspect_checkpoint.main([folder]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3 and all("config.json is not a model's configuration" in line for line in errors)
+
+
 def test_killed_import_goes_on(ours, tmp_path, capsys, monkeypatch):
     small = functools.partial(CheckpointWriter, max_file_bytes=20_000)
     monkeypatch.setattr("tools.convert.importing.CheckpointWriter", small)

@@ -198,6 +198,10 @@ def _read_attention(entry: dict[str, Any], symbols: list[str], fields: dict[str,
     kind = "full_attention" if window is None else "sliding_attention"
     differ = fields.setdefault(kind, options) != options
     for i in entry["layers"]:
+        if type(i) is not int or not 0 <= i < len(symbols) or symbols[i] != "G":
+            raise ConvertError(
+                f"attn.layers ({entry['layers']}) must name layers from 0 to {len(symbols) - 1}, and each once."
+            )
         symbols[i] = "*" if window is None else "S"
         if differ:
             fields.setdefault("attention_layers", {})[i + 1] = options

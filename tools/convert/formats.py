@@ -3,6 +3,7 @@
 gated_deltanet    fla: Gated DeltaNet, with plain or sliding-window attention
 qwen3_5_text      transformers: Gated DeltaNet, with gated attention
 qwen3_next        transformers: the same, with fused projections, and with experts
+qwen3_5_moe_text  transformers: qwen3_5_text with experts in every layer
 megatron_gdn      this project's own model in transformers (`import megatron_gdn.hf`): everything else
 """
 
@@ -72,6 +73,14 @@ FORMATS = {
             read_config=qwen.read_config,
         ),
         Format(
+            name="qwen3_5_moe_text",
+            table=qwen.qwen3_5_moe_text_table,
+            obstacles=qwen.qwen3_5_moe_text_obstacles,
+            settings=qwen.QWEN3_5_MOE_TEXT_SETTINGS,
+            write_config=qwen.write_qwen3_5_moe_text,
+            read_config=qwen.read_config,
+        ),
+        Format(
             name=own.MODEL_TYPE,
             table=own.table,
             obstacles=own.obstacles,
@@ -81,14 +90,14 @@ FORMATS = {
         ),
     )
 }
+_MOST_LAYERS, _MOST_EXPERTS = 10_000, 10_000  # a file must not say how long this runs
 # Model types that are close, and why none of their models can be read.
 REFUSED = {
     "olmo_hybrid": "its attention has norms behind it instead of before it and norms over all heads of q and k, which "
     "Megatron-Core has not, and every model of it has attention",
     "qwen4_exp_text": "it has hyper-connections and tables of n-grams, which Megatron-Core has not",
     "qwen3_5": "it holds a vision model too: save its language_model with transformers, which is qwen3_5_text",
-    "qwen3_5_moe": "it holds a vision model too",
-    "qwen3_5_moe_text": "its experts are not converted; those of qwen3_next are",
+    "qwen3_5_moe": "it holds a vision model too: save its language_model with transformers, which is qwen3_5_moe_text",
     **dict.fromkeys(
         ("kimi_linear", "bailing_hybrid", "glm5_next", "kda"), "its decay is one of channels, not of heads"
     ),
@@ -132,10 +141,11 @@ def read_folder_config(folder: Path) -> HfConfig:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
-        config["model_type"]  # noqa: B018
+        if not isinstance(config["model_type"], str):
+            raise TypeError("model_type must be a name")
     except OSError as error:
         raise ConvertError(f"{folder} must be a folder with config.json: {error.strerror}.") from error
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ConvertError(f"{path} is not a model's configuration ({error!r}).") from error
     return config
 
@@ -156,13 +166,20 @@ def read_architecture(config: HfConfig, ignored: Collection[str] = ()) -> tuple[
         raise ConvertError(f"config.json: model_type ({name}) must be one of {', '.join(FORMATS)}{reason}.")
     found = FORMATS[name]
     found.settings.check(config, ignored)
+    layers = config.get("num_hidden_layers", 1)
+    if type(layers) is not int or not 0 < layers <= _MOST_LAYERS:
+        raise ConvertError(f"num_hidden_layers ({layers}) must be a whole number from 1 to {_MOST_LAYERS}.")
     try:
         fields, experts = found.read_config(config)
+        if experts is not None and not 0 < experts.num_experts <= _MOST_EXPERTS:
+            raise ConvertError(f"num_experts ({experts.num_experts}) must be from 1 to {_MOST_EXPERTS}.")
         fields |= dict(
             vocab_size=config["vocab_size"], vocab_multiple=1, tie_embeddings=config.get("tie_word_embeddings", False)
         )
         return found, Architecture(model=TypeAdapter(ModelConfig).validate_python(fields), experts=experts)
     except (KeyError, IndexError) as error:
         raise ConvertError(f"config.json lacks {error}: it is not a configuration of {name}.") from error
-    except (ValidationError, TypeError, AttributeError) as error:
+    except ConvertError:
+        raise
+    except (ValidationError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ConvertError(f"config.json describes a model that cannot be built: {error}") from error

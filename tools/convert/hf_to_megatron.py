@@ -2,7 +2,8 @@
 
     python -m tools.convert.hf_to_megatron --hf model --output checkpoints/imported
 
-Reads gated_deltanet (fla), qwen3_5_text and qwen3_next as safetensors; nothing pickled, no code of the folder runs.
+Reads gated_deltanet (fla), qwen3_5_text, qwen3_next and qwen3_5_moe_text as safetensors; nothing pickled, no code of
+the folder runs.
 Training starts from the result with checkpoint.initial_weights=checkpoints/imported, at any layout; with
 --for megatron_lm Megatron-LM reads it. Ends with 1 for a model that this project has no equal of, 2 for wrong
 arguments.
@@ -11,12 +12,14 @@ arguments.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from tools.convert.conversion import DTYPES
 from tools.convert.errors import ConvertError
 from tools.convert.formats import read_architecture, read_folder_config
 from tools.convert.importing import Import, add_arguments, report, run
 from tools.convert.safetensors_io import SafetensorsFolder
+from tools.convert.settings import HfConfig
 
 
 def open_folder(folder: Path, arguments: argparse.Namespace) -> Import:
@@ -36,10 +39,27 @@ def open_folder(folder: Path, arguments: argparse.Namespace) -> Import:
         target=arguments.target,
         dtype=DTYPES[arguments.dtype],
         source_name=found.name,
-        sequence_length=config.get("max_position_embeddings") or 2048,
-        special_tokens={name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        sequence_length=_sequence_length(config),
+        special_tokens=_special_tokens(config),
         drop=arguments.drop,
     )
+
+
+def _sequence_length(config: HfConfig) -> int:
+    length = config.get("max_position_embeddings") or 2048
+    if type(length) is not int or length < 1:
+        raise ConvertError(f"config.json: max_position_embeddings ({length}) must be a positive whole number.")
+    return length
+
+
+def _special_tokens(config: HfConfig) -> dict[str, Any]:
+    """An id, several, or None."""
+    found = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for name, value in found.items():
+        ids = value if isinstance(value, list) else [value]
+        if value is not None and not (ids and all(type(token) is int for token in ids)):
+            raise ConvertError(f"config.json: {name} ({value}) must be the id of a token, a list of some, or null.")
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:

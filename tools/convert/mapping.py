@@ -44,7 +44,8 @@ class Link:
 class Row:
     """A line of a table.
 
-    ours, theirs: keys without the number of the layer; `{a,b}` stands for several, `#{e}` for every expert.
+    ours, theirs: keys without the number of the layer; `{a,b}` stands for several, `#e` for every expert. Where only
+        ours have it, one of theirs holds all experts.
     transform: a key of `TRANSFORMS`.
     """
 
@@ -111,9 +112,12 @@ class Table:
             theirs = [self.prefix.format(layer) + name for name in theirs]
         if not row.ours.endswith("#e"):
             return [(tuple(ours), tuple(theirs))]
+        experts = range(architecture.experts.num_experts)
+        if "#e" not in row.theirs:
+            return [(tuple(f"{key[:-1]}{e}" for key in ours for e in experts), tuple(theirs))]
         return [
             (tuple(f"{key[:-1]}{e}" for key in ours), tuple(key.replace("#e", str(e)) for key in theirs))
-            for e in range(architecture.experts.num_experts)
+            for e in experts
         ]
 
 
@@ -198,6 +202,17 @@ def _halves(context: _Context, ours, theirs) -> Link:
     )
 
 
+def _packed(_, ours, theirs) -> Link:
+    """The weights of all experts, which are one of theirs."""
+    return Link(
+        ours=ours,
+        theirs=theirs,
+        rule="theirs has an expert after the other",
+        to_theirs=lambda *parts: (torch.stack(parts),),
+        to_ours=lambda x: x.unbind(),
+    )
+
+
 def _per_key_head(context: _Context, ours, theirs) -> Link:
     """Rows of one of theirs: for each key head its rows of each of ours."""
     heads, H = context.architecture.model.linear_num_key_heads, context.architecture.model.hidden_size
@@ -239,6 +254,7 @@ TRANSFORMS: dict[str, Callable[[_Context, tuple[str, ...], tuple[str, ...]], Lin
     "out norm": _out_norm,
     "stacked": _stacked,
     "halves": _halves,
+    "packed": _packed,
     "per key head": _per_key_head,
     "attention": _attention,
 }

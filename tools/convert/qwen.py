@@ -1,4 +1,4 @@
-"""transformers' `qwen3_5_text` and `qwen3_next`: Gated DeltaNet with gated attention; qwen3_next with experts too."""
+"""transformers' `qwen3_5_text` and `qwen3_next`: Gated DeltaNet with gated attention, and their mixtures of experts."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -49,6 +49,25 @@ QWEN3_5_TEXT = Table(
         "*": _ATTENTION,
     },
 )
+_EXPERTS = (
+    _MLP_NORM,
+    Row("mlp.router.weight", "mlp.gate.weight"),
+    Row("mlp.experts.experts.linear_fc1.weight#e", "mlp.experts.#e.{gate,up}_proj.weight", "halves"),
+    Row("mlp.experts.experts.linear_fc2.weight#e", "mlp.experts.#e.down_proj.weight"),
+    Row("mlp.shared_experts.linear_fc1.weight", "mlp.shared_expert.{gate,up}_proj.weight", "halves"),
+    Row("mlp.shared_experts.linear_fc2.weight", "mlp.shared_expert.down_proj.weight"),
+    Row("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight"),
+)
+QWEN3_5_MOE_TEXT = replace(QWEN3_5_TEXT, experts=_EXPERTS)
+# As models of this type are laid out in memory, and released.
+QWEN3_5_MOE_TEXT_PACKED = replace(
+    QWEN3_5_TEXT,
+    experts=(
+        Row("mlp.experts.experts.linear_fc1.weight#e", "mlp.experts.gate_up_proj", "packed"),
+        Row("mlp.experts.experts.linear_fc2.weight#e", "mlp.experts.down_proj", "packed"),
+        *(row for row in _EXPERTS if "#e" not in row.ours),
+    ),
+)
 QWEN3_NEXT = replace(
     QWEN3_5_TEXT,
     mixers={
@@ -59,21 +78,19 @@ QWEN3_NEXT = replace(
         ),
         "*": _ATTENTION,
     },
-    experts=(
-        _MLP_NORM,
-        Row("mlp.router.weight", "mlp.gate.weight"),
-        Row("mlp.experts.experts.linear_fc1.weight#e", "mlp.experts.#e.{gate,up}_proj.weight", "halves"),
-        Row("mlp.experts.experts.linear_fc2.weight#e", "mlp.experts.#e.down_proj.weight"),
-        Row("mlp.shared_experts.linear_fc1.weight", "mlp.shared_expert.{gate,up}_proj.weight", "halves"),
-        Row("mlp.shared_experts.linear_fc2.weight", "mlp.shared_expert.down_proj.weight"),
-        Row("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight"),
-    ),
+    experts=_EXPERTS,
 )
 
 
 def qwen3_5_text_table(names: Iterable[str]) -> Table:
     """There is one form of it."""
     return QWEN3_5_TEXT
+
+
+def qwen3_5_moe_text_table(names: Iterable[str]) -> Table:
+    """Experts by themselves, as transformers writes them, or packed in one weight of a layer."""
+    packed = any(name.endswith(".mlp.experts.gate_up_proj") for name in names)
+    return QWEN3_5_MOE_TEXT_PACKED if packed else QWEN3_5_MOE_TEXT
 
 
 def qwen3_next_table(names: Iterable[str]) -> Table:
@@ -103,6 +120,12 @@ def obstacles(architecture: Architecture) -> list[str]:
 def qwen3_5_text_obstacles(architecture: Architecture) -> list[str]:
     """Reasons why qwen3_5_text cannot hold a model."""
     return obstacles(architecture) + (["it has no experts: qwen3_next has"] if architecture.experts else [])
+
+
+def qwen3_5_moe_text_obstacles(architecture: Architecture) -> list[str]:
+    """Reasons why qwen3_5_moe_text cannot hold a model."""
+    every = all(architecture.has_experts(i) for i in range(len(architecture.layers)))
+    return obstacles(architecture) + ([] if every else ["every MLP of it has experts"])
 
 
 def _write_config(architecture: Architecture, name: str, class_name: str) -> HfConfig:
@@ -141,6 +164,22 @@ def write_qwen3_5_text(architecture: Architecture) -> HfConfig:
     return _write_config(architecture, "qwen3_5_text", "Qwen3_5ForCausalLM")
 
 
+def write_qwen3_5_moe_text(architecture: Architecture) -> HfConfig:
+    """`config.json`, without vocabulary, dtype and special tokens."""
+    config = _write_config(architecture, "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM")
+    del config["intermediate_size"]  # of MLPs without experts
+    return config | _write_experts(architecture.experts)
+
+
+def _write_experts(experts: Experts) -> HfConfig:
+    return {
+        "num_experts": experts.num_experts,
+        "num_experts_per_tok": experts.top_k,
+        "moe_intermediate_size": experts.ffn_hidden_size,
+        "shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
+    }
+
+
 def write_qwen3_next(architecture: Architecture) -> HfConfig:
     """`config.json`, without vocabulary, dtype and special tokens."""
     config = _write_config(architecture, "qwen3_next", "Qwen3NextForCausalLM")
@@ -148,10 +187,7 @@ def write_qwen3_next(architecture: Architecture) -> HfConfig:
     if experts is None:
         return config | {"num_experts": 0}
     return config | {
-        "num_experts": experts.num_experts,
-        "num_experts_per_tok": experts.top_k,
-        "moe_intermediate_size": experts.ffn_hidden_size,
-        "shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
+        **_write_experts(experts),
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [i for i in range(len(architecture.layers)) if i not in experts.layers],
@@ -165,20 +201,18 @@ _USED = (
     *("linear_value_head_dim", "linear_conv_kernel_dim", "rms_norm_eps", "rope_scaling"),
 )
 _ONLY = {"attention_bias": (False,), "hidden_act": ("silu", "swish"), "attn_output_gate": (True,)}
-QWEN3_5_TEXT_SETTINGS = Settings(
-    used=_USED,
-    only=_ONLY,
-    # Predictions further ahead are weights of their own, which no rule converts.
-    without_effect=("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype"),
+_USED_OF_EXPERTS = (
+    *("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"),
 )
+# Predictions further ahead are weights of their own, which no rule converts.
+_MTP = ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype")
+_ROUTER = ("router_aux_loss_coef", "output_router_logits")
+QWEN3_5_TEXT_SETTINGS = Settings(used=_USED, only=_ONLY, without_effect=_MTP)
+QWEN3_5_MOE_TEXT_SETTINGS = Settings(used=(*_USED, *_USED_OF_EXPERTS), only=_ONLY, without_effect=(*_MTP, *_ROUTER))
 QWEN3_NEXT_SETTINGS = Settings(
-    used=(
-        *_USED,
-        *("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"),
-        *("mlp_only_layers", "decoder_sparse_step"),
-    ),
+    used=(*_USED, *_USED_OF_EXPERTS, "mlp_only_layers", "decoder_sparse_step"),
     only=_ONLY | {"norm_topk_prob": (True,)},
-    without_effect=("router_aux_loss_coef", "output_router_logits"),
+    without_effect=_ROUTER,
 )
 
 # Rotary settings beside the base: how three-dimensional positions are mixed, which are equal in text.
@@ -193,6 +227,11 @@ def _rope(config: HfConfig) -> dict[str, Any]:
         if kind != "default" or unknown:
             what = f"rope_type ({kind})" if kind != "default" else f"{unknown[0]} ({found[unknown[0]]})"
             raise ConvertError(f"{what}: this project has rotary embedding without scaling only (rope_type default).")
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in rope and config.get(name, rope[name]) != rope[name]:
+            raise ConvertError(
+                f"{name} ({config[name]}) and that of rope_parameters ({rope[name]}) differ: leave one of them out."
+            )
     base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     if base != int(base):
         raise ConvertError(f"rope_theta ({base}) must be a whole number.")
@@ -219,13 +258,15 @@ def read_config(config: HfConfig) -> tuple[dict[str, Any], Experts | None]:
     types = config.get("layer_types") or [
         "linear_attention" if (i + 1) % interval else "full_attention" for i in range(config["num_hidden_layers"])
     ]
+    every_mlp_has_experts = config["model_type"] == "qwen3_5_moe_text"
     symbols = {"linear_attention": "G-", "full_attention": "*-"}
     if len(types) != config["num_hidden_layers"] or not set(types) <= symbols.keys():
         raise ConvertError(f"layer_types ({types}) must be {config['num_hidden_layers']} of {', '.join(symbols)}.")
     fields = dict(
         pattern="".join(symbols[kind] for kind in types),
         hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
+        # A model whose MLPs all have experts has no width of plain ones.
+        ffn_hidden_size=config["shared_expert_intermediate_size" if every_mlp_has_experts else "intermediate_size"],
         **{name: config[name] for name in _DEFAULTS if name.startswith("linear_")},
         num_attention_heads=config["num_attention_heads"],
         num_query_groups=config["num_key_value_heads"],
@@ -239,7 +280,8 @@ def read_config(config: HfConfig) -> tuple[dict[str, Any], Experts | None]:
 
 
 def _read_experts(config: HfConfig, num_layers: int) -> Experts | None:
-    number = config.get("num_experts", 512) if config["model_type"] == "qwen3_next" else 0
+    defaults = {"qwen3_next": 512, "qwen3_5_moe_text": 256}
+    number = config.get("num_experts", defaults[config["model_type"]]) if config["model_type"] in defaults else 0
     step, plain = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     layers = tuple(i for i in range(num_layers) if i not in plain and number > 0 and (i + 1) % step == 0)
     if not layers:

@@ -47,7 +47,8 @@ class Settings:
         """
         for name, possible in self.only.items():
             value = config.get(name, possible[0])
-            if name not in ignored and value is not None and value not in possible:
+            unset = value is None and not possible[0]  # as false as false
+            if name not in ignored and value not in possible and not unset:
                 values = " or ".join(str(found) for found in possible)
                 raise ConvertError(f"{name} ({value}) must be {values}: this project has no equal of it.")
         known = _OF_EVERY_MODEL | {*self.used, *self.only, *self.without_effect, *ignored}
