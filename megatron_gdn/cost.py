@@ -75,8 +75,9 @@ class ModelCost:
         if parallel.pipeline > 1 and self.config.model.tie_embeddings and stage == parallel.pipeline - 1:
             # The last stage has a copy of the embedding.
             parameters += self.vocab_size * self.config.model.hidden_size // parallel.tensor
-        # Adam's two moments, and under bf16 the master weights.
-        per_parameter = 12 if training.precision == "bf16" else 8
+        # Adam's two moments, or Muon's momentum, and under bf16 the master weights.
+        moments = 8 * parameters - 4 * sum(layer.matrix_parameters for layer in layers if self._uses_muon)
+        masters = 4 * parameters if training.precision == "bf16" else 0
         shards = self.data_parallel * parallel.context if parallel.distributed_optimizer else 1
         # 1F1B keeps one micro-batch more on each stage before it.
         in_flight = min(parallel.pipeline - stage, self._num_microbatches)
@@ -90,7 +91,7 @@ class ModelCost:
         return {
             "weights": parameters * element,
             "gradients": parameters * 4,
-            "optimizer": parameters * per_parameter / shards,
+            "optimizer": (moments + masters) / shards,
             "activations": activation_bytes,
         }
 
@@ -120,6 +121,10 @@ class ModelCost:
             data = parameters * (4 + element) * (shards - 1) / shards
         else:
             data = parameters * 4 * 2 * (shards - 1) / shards
+        if self._uses_muon:
+            # Ranks gather what is split of the weights that they make orthogonal, and send on the results.
+            tensor += sum(layer.split_parameters for layer in layers) * element * (tp - 1) / shards
+            data += sum(layer.matrix_parameters for layer in layers) * element * (shards - 1) / shards
         boundaries = (stage > 0) + (stage < parallel.pipeline - 1)
         pipeline = boundaries * whole / (tp if parallel.sequence else 1)
         if self.config.model.tie_embeddings and boundaries and stage in (0, parallel.pipeline - 1):
@@ -171,6 +176,10 @@ class ModelCost:
                 for name, layer in kinds.items()
             },
         }
+
+    @property
+    def _uses_muon(self) -> bool:
+        return self.config.optimizer.name == "muon"
 
     @property
     def _num_microbatches(self) -> int:

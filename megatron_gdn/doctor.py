@@ -50,6 +50,11 @@ def examine() -> list[Role]:
         _attention(device),
         _kernels(device),
         _optimizer(device, te, apex),
+        Role(
+            role="Muon",
+            provider="megatron_gdn.training.muon",
+            why="optimizer.name=muon; own: PyTorch's and Megatron-Core's take a fused weight for one matrix",
+        ),
         _clipping(te, apex),
         _accumulation(),
         _fp8(device, te),

@@ -107,14 +107,35 @@ def test_what_a_step_sends_and_keeps(layout, training, model):
     tensor, pipeline = parallel.get("tensor", 1), parallel.get("pipeline", 1)
     groups = dict(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
     cost = model_cost(config, vocab_size=VOCABULARY, data_parallel=2 // (tensor * pipeline))
+    check(config, cost, groups)
+
+
+def check(config, cost, groups: dict) -> None:
+    """What each of two processes sends and keeps in a step, against the costs of its pipeline stage."""
     for rank, (sent, kept) in enumerate(pool(2).run(one_step, config, groups=groups)):
-        stage = rank if pipeline > 1 else 0
+        stage = rank if config.parallel.pipeline > 1 else 0
         for name, expected in cost.communication_bytes(stage).items():
             assert sent.get(name, 0) == pytest.approx(expected, rel=0.02), name
         assert sent["other"] < 0.01 * sum(sent.values())
         expected = cost.memory_bytes(stage)
         for name, found in kept.items():
             assert found == pytest.approx(expected[name], rel=0.02), name
+
+
+@pytest.mark.parametrize(
+    "parallel, precision",
+    [(dict(tensor=2), "fp32"), (dict(tensor=2, sequence=True), "bf16"), ({}, "bf16")],
+    ids=["tensor", "tensor, sequence, bf16", "data, bf16"],
+)
+def test_what_a_step_of_muon_sends_and_keeps(parallel, precision):
+    """Parts of matrices to tensor-parallel ranks, results to data-parallel ones; momentum in place of two moments."""
+    parallel = dict(overlap=False, distributed_optimizer=False) | parallel
+    training = TRAINING | dict(precision=precision)
+    config = run_config("M-G-S-*-", parallel=parallel, training=training, **WIDE)
+    config.optimizer.name = "muon"
+    tensor = parallel.get("tensor", 1)
+    cost = model_cost(config, vocab_size=VOCABULARY, data_parallel=2 // tensor)
+    check(config, cost, dict(tensor_model_parallel_size=tensor))
 
 
 def saved_bytes(config):

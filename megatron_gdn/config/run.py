@@ -74,6 +74,8 @@ class Config:
                 f"({training.train_steps * training.tokens_per_step}): warm up for less, or train on more."
             )
         self._check_fp8()
+        if self.optimizer.name == "muon":
+            self._check_muon()
         if self.engine.name == "deepspeed" and parallel.pipeline > 1:
             raise ValueError(
                 f"parallel.pipeline ({parallel.pipeline}) must be 1 with engine.name=deepspeed, whose ZeRO does not go "
@@ -100,6 +102,23 @@ class Config:
             raise ValueError(
                 "fp8.recipe (delayed) must not go with training.recompute=full, whose second pass would use other "
                 "scales than the first: use tensorwise, or recompute none."
+            )
+
+    def _check_muon(self) -> None:
+        if self.engine.name == "deepspeed":
+            raise ValueError(
+                "optimizer.name (muon) needs engine.name=megatron and has deepspeed, whose ZeRO cuts weights at places "
+                "that are no bounds of matrices: use the engine megatron, or optimizer.name=adamw."
+            )
+        if self.parallel.distributed_optimizer:
+            raise ValueError(
+                "parallel.distributed_optimizer (true) must be false with optimizer.name=muon: it gives every rank a "
+                "part of the gradients, and Muon needs whole matrices."
+            )
+        if self.fp8.param_gather:
+            raise ValueError(
+                "fp8.param_gather (true) must be false with optimizer.name=muon: weights in FP8 are made by the "
+                "distributed optimizer, which Muon does not go with."
             )
 
     def _check_context(self) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_gdn.config.types import NonNegative, Positive, section
+from megatron_gdn.config.types import Count, NonNegative, Positive, section
 
 
 @section
@@ -65,9 +65,37 @@ class DataConfig:
 
 
 @section
-class OptimizerConfig:
-    """AdamW and its schedule."""
+class MuonConfig:
+    """Muon of the matrices between the embedding and the output layer; decay, schedule and clipping are AdamW's."""
 
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate; falls as optimizer.lr does. None: optimizer.lr, which fits updates of AdamW's size."""
+    scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Factor of lr for a matrix. match_rms_adamw: 0.2 sqrt(max(rows, columns)), AdamW's size of updates (arXiv
+    2502.16982); original: sqrt(max(1, rows / columns)), by its author (kellerjordan.github.io/posts/muon)."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Of the gradients' moving mean."""
+    nesterov: bool = True
+    """Make the mean one step ahead orthogonal."""
+    num_steps: Annotated[Count, Field(gt=0, lt=100)] = 5
+    """Newton-Schulz iterations."""
+    coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315)
+    """a, b, c of an iteration a x + (b A + c A A) x with A = x x^T; the author's, for five of them."""
+
+    def __post_init__(self):
+        if self.scale == "original" and self.lr is None:
+            raise ValueError(
+                "scale (original) gives updates of another size than AdamW's and needs lr: set optimizer.muon.lr, such "
+                "as 0.02, or use scale match_rms_adamw."
+            )
+
+
+@section
+class OptimizerConfig:
+    """Optimizer and schedule."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of mixers and MLPs, AdamW for the rest; see megatron_gdn/training/muon.py."""
     lr: Annotated[float, Field(gt=0)]
     """Peak learning rate."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
@@ -86,9 +114,14 @@ class OptimizerConfig:
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
 
+    muon: MuonConfig = Field(default_factory=MuonConfig)
+    """Options of name muon."""
+
     def __post_init__(self):
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr:g}) must not exceed lr ({self.lr:g}).")
+        if self.name != "muon" and self.muon != MuonConfig():
+            raise ValueError(f"muon ({self.muon}) needs name muon, and has {self.name}: set optimizer.name=muon.")
 
 
 @section

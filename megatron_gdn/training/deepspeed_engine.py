@@ -11,21 +11,20 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorFactory
 from torch import Tensor
 
 from megatron_gdn.config import Config
 from megatron_gdn.optional import require
 from megatron_gdn.training.deepspeed_config import deepspeed_config
 from megatron_gdn.training.engine import MegatronEngine, build_scheduler, build_stage
+from megatron_gdn.training.optimizer import param_groups, sharded_states
 from megatron_gdn.training.packing import Batch
 
 logger = logging.getLogger(__name__)
@@ -105,15 +104,8 @@ class DeepSpeedStates:
             metadata: ignored.
         """
         self._make_states()
-        by_param, _ = extract_matching_values(model, lambda x: isinstance(x, ShardedBase))
-        by_param = {id(sharded.data): sharded for sharded in nested_values(by_param)}
-        states = {}
-        for i, param in enumerate(self.params):
-            sharded = by_param[id(param)]
-            values = self._zeros(sharded) if is_loading else self._states(param)
-            states[i] = {
-                name: _like(sharded, f"optimizer.state.{name}.{sharded.key}", value) for name, value in values.items()
-            }
+        values = ((param, self._zeros(param) if is_loading else self._states(param)) for param in self.params)
+        states = sharded_states(model, values)
         groups = [{name: group[name] for name in _STORED} | {"step": self._step} for group in self.param_groups]
         return {
             "optimizer": {"param_groups": groups},
@@ -167,8 +159,8 @@ class DeepSpeedStates:
         return max(steps, default=0)
 
     @staticmethod
-    def _zeros(sharded: ShardedBase) -> dict[str, Tensor]:
-        return {name: torch.zeros_like(sharded.data, dtype=torch.float32) for name in ("param", *_MOMENTS)}
+    def _zeros(param: torch.nn.Parameter) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(param, dtype=torch.float32) for name in ("param", *_MOMENTS)}
 
     def _states(self, param: torch.nn.Parameter) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -203,14 +195,6 @@ def _shape(param: torch.nn.Parameter) -> torch.Size:
     return getattr(param, "ds_shape", param.shape)
 
 
-def _like(sharded: ShardedBase, key: str, data: Tensor) -> ShardedBase:
-    """A tensor that lies on disk as a parameter does."""
-    changes = dict(key=key, data=data)
-    if not isinstance(sharded, ShardedTensorFactory):
-        changes["dtype"] = data.dtype
-    return replace(sharded, **changes)
-
-
 def gathered(wrapped, params: list[torch.nn.Parameter], *, modify: bool = False) -> AbstractContextManager:
     """Whole parameters inside the block, where ZeRO 3 shards them.
 
@@ -234,12 +218,13 @@ class DeepSpeedEngine(MegatronEngine):
     def build(cls, config: Config, *, vocab_size: int, device: torch.device) -> "DeepSpeedEngine":
         """Build this rank's model; needs Megatron's process groups. Arguments as of MegatronEngine."""
         _, model = build_stage(config, vocab_size=vocab_size, device=device)
-        params = [param for param in model.parameters() if param.requires_grad]
+        trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+        params = [param for _, param in trained]
         if config.parallel.sequence:
             _sum_over_tokens(params)
         settings = config.optimizer
         options = dict(betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
-        optimizer = torch.optim.AdamW(_param_groups(model, config), lr=settings.lr, **options)
+        optimizer = torch.optim.AdamW(param_groups(trained, settings), lr=settings.lr, **options)
         wrapped = _wrap(model, optimizer, deepspeed_config(config, _Groups.get_data_parallel_world_size()))
         states = DeepSpeedStates(wrapped=wrapped, params=params)
         return cls(
@@ -343,27 +328,3 @@ def _sum_over_tokens(params: list[torch.nn.Parameter]) -> None:
     for param in params:
         if getattr(param, "sequence_parallel", False):
             param.register_hook(summed)
-
-
-def _param_groups(model: torch.nn.Module, config: Config) -> list[dict[str, Any]]:
-    """Groups as Megatron makes them: vectors have no weight decay, float32 parameters of a bf16 model are apart."""
-    settings = config.optimizer
-    groups: dict[tuple, list[torch.nn.Parameter]] = {}
-    for name, param in model.named_parameters():
-        if param.requires_grad:
-            decays = param.ndim > 1 and not name.endswith(".bias")
-            groups.setdefault((not decays, str(param.dtype)), []).append(param)
-    return [
-        {
-            "params": params,
-            "weight_decay": 0.0 if vectors else settings.weight_decay,
-            "wd_mult": 0.0 if vectors else 1.0,
-            "lr_mult": 1.0,
-            "is_expert_parallel": False,
-            "is_decoupled_lr": False,
-            "default_config": not vectors,
-            "max_lr": settings.lr,
-            "min_lr": settings.min_lr,
-        }
-        for (vectors, _), params in sorted(groups.items(), key=lambda item: item[0])
-    ]

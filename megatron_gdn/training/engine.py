@@ -10,15 +10,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import (
-    MegatronOptimizer,
-    get_megatron_optimizer,
-    get_standard_config_overrides,
-)
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -31,6 +25,7 @@ from megatron_gdn.fp8.recipe import host_options
 from megatron_gdn.hybrid.model import build_model, padded_vocab_size, transformer_config
 from megatron_gdn.parallel.fragments import prepare_fragments
 from megatron_gdn.parallel.host import FragmentParams
+from megatron_gdn.training.optimizer import build_optimizer
 from megatron_gdn.training.packing import Batch, pack
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -73,7 +68,7 @@ class MegatronEngine:
             ),
             Float16Module(host_config, model) if dtype is torch.bfloat16 else model,
         )
-        optimizer = _build_optimizer(config, wrapped, dtype)
+        optimizer = build_optimizer(config, model, wrapped, dtype)
         host_config.grad_scale_func = optimizer.scale_loss
         host_config.finalize_model_grads_func = finalize_model_grads
         if overlap:
@@ -278,29 +273,3 @@ def _recompute(choice: str) -> dict:
     if choice == "none":
         return {}
     return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-
-
-def _build_optimizer(config: Config, wrapped: DistributedDataParallel, dtype: torch.dtype) -> MegatronOptimizer:
-    settings = config.optimizer
-    host_settings = MegatronOptimizerConfig(
-        optimizer="adam",
-        lr=settings.lr,
-        min_lr=settings.min_lr,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.beta1,
-        adam_beta2=settings.beta2,
-        adam_eps=settings.epsilon,
-        clip_grad=settings.clip_grad,
-        bf16=dtype is torch.bfloat16,
-        params_dtype=dtype,
-        use_distributed_optimizer=config.parallel.distributed_optimizer,
-        overlap_param_gather=config.parallel.overlap and config.parallel.distributed_optimizer,
-    )
-    overrides = get_standard_config_overrides(host_settings)  # vectors have no weight decay
-    if dtype is not torch.float32:
-        # DistributedOptimizer puts the float32 parameters of a group first, but looks their states up in the original
-        # order when it saves (megatron-core 0.16.1, distrib_optimizer.py): with both dtypes in one group it would store
-        # wrong states. A_log and dt_bias therefore get a group of their own; its learning rate is the run's.
-        is_float32 = ParamPredicate(name="float32", fn=lambda param: param.dtype is torch.float32)
-        overrides[ParamKey(predicate=is_float32)] = ParamGroupOverride(max_lr=settings.lr)
-    return get_megatron_optimizer(host_settings, [wrapped], config_overrides=overrides)

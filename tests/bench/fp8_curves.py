@@ -70,14 +70,24 @@ def corpus() -> torch.Tensor:
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
-def losses(recipe: str, steps: int, text: torch.Tensor) -> list[float]:
-    """Training loss of every step, nats per byte."""
+def join_alone() -> None:
+    """Megatron's process groups of a process that is alone."""
+    cpu.install()
+    from megatron.core import parallel_state, tensor_parallel
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+
+def losses(config: Config, text: torch.Tensor, name: str) -> list[float]:
+    """Training loss of every step, nats per byte; the same samples for every configuration."""
     from megatron_gdn.training.engine import MegatronEngine
 
-    engine = MegatronEngine.build(config(recipe, steps), vocab_size=256, device=torch.device("cpu"))
+    engine = MegatronEngine.build(config, vocab_size=256, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     found = []
-    for _ in trange(steps, desc=recipe):
+    for _ in trange(config.training.train_steps, desc=name):
         starts = torch.randint(len(text) - TOKENS - 1, (SAMPLES,), generator=generator)
         rows = torch.stack([text[i : i + TOKENS + 1] for i in starts]).long()
         positions = torch.arange(TOKENS).expand(SAMPLES, -1)
@@ -116,14 +126,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     steps = parser.parse_args().steps
-    cpu.install()
-    from megatron.core import parallel_state, tensor_parallel
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    join_alone()
     text = corpus()
-    curves = {recipe: losses(recipe, steps, text) for recipe in RECIPES}
+    curves = {recipe: losses(config(recipe, steps), text, recipe) for recipe in RECIPES}
     means = {name: sum(curve[-LAST:]) / LAST for name, curve in curves.items()}
     result = {
         "what": "training loss of a tiny H1 in emulated FP8; not run on FP8 hardware",
