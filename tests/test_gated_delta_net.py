@@ -76,6 +76,7 @@ OPTIONS = [
     dict(use_qk_l2norm=False, A_init_range=(8.0, 16.0)),  # fast decay keeps the state small without normalised keys
     # What lies between the projections as one operation, in Triton's interpreter.
     dict(backend="triton"),
+    dict(backend="triton", allow_neg_eigval=True),
 ]
 
 

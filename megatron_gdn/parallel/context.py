@@ -149,6 +149,7 @@ def context_gated_delta_rule(
         return _of_sequences(states, fragments, fragments.first_piece)
 
     if backend == "triton":
+        from megatron_gdn.kernels.first_use import check_rule
         from megatron_gdn.parallel.triton_rule import TritonContextRule, TritonContextSetting
 
         check_triton_dtypes(q=q, k=k, v=v, g=g, beta=beta)
@@ -163,6 +164,7 @@ def context_gated_delta_rule(
             entering=entering,
             leaving=leaving,
         )
+        check_rule(v, (q.shape[2], HV), (K, V), setting, has_state=True, maps=True)
         o, final = TritonContextRule.apply(q, k, v, g, beta, setting)
         return fragments.unfold(o), final
     l2norm = dict(use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel)

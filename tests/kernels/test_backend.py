@@ -112,9 +112,9 @@ def test_unreadable_version():
 def test_old_triton_is_refused(monkeypatch, compiled):
     import triton
 
-    check_version("3.2.0")
-    monkeypatch.setattr(triton, "__version__", "3.1.0")
-    with pytest.raises(RuntimeError, match=r"Triton \(3.1.0\) must be 3.2.0 or newer for backend triton: upgrade"):
+    check_version("3.3.0")
+    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    with pytest.raises(RuntimeError, match=r"Triton \(3.2.0\) must be 3.3.0 or newer for backend triton: upgrade"):
         resolve_backend("triton", CUDA)
 
 
@@ -149,22 +149,26 @@ def test_a_known_fault_stops_the_backend(monkeypatch, compiled):
     assert resolve_backend("torch", CUDA) == "torch"
 
 
-def test_a_fault_that_is_avoided_is_said_once(monkeypatch, compiled, caplog):
+def test_other_faults_are_said_once(monkeypatch, compiled, caplog):
     import triton
 
-    for version, expected in (("3.6.0", ["640", "984"]), ("3.9.0", ["984"]), ("3.3.0", [])):
+    caplog.set_level(logging.INFO, logger="megatron_gdn.kernels.backend")
+    for version, expected in (
+        ("3.5.0", ["#640); avoided", "#984); tried on first use"]),
+        ("3.9.0", ["#984); tried on first use", "#10486); tried on first use"]),
+        ("3.3.0", []),
+    ):
         backend._check_triton.cache_clear()
         caplog.clear()
         monkeypatch.setattr(triton, "__version__", version)
         assert [resolve_backend("triton", CUDA) for _ in range(2)] == ["triton"] * 2
-        said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-        assert len(said) == len(expected) and all(f"#{n}" in text for n, text in zip(expected, said, strict=True))
-        assert all("python -m megatron_gdn.kernels.selfcheck" in text for text in said)
+        said = [record.getMessage() for record in caplog.records if "miscompiles" in record.getMessage()]
+        assert len(said) == len(expected) and all(part in text for part, text in zip(expected, said, strict=True))
 
 
 def test_each_known_fault_has_a_verdict():
     assert {"640", "984"} <= {fault.issue.rpartition("#")[2] for fault in guards.KNOWN}
-    assert all(fault.verdict in ("wrong", "avoided") and len(fault.reason) > 20 for fault in guards.KNOWN)
+    assert all(fault.verdict in ("wrong", "avoided", "unproven") and len(fault.reason) > 20 for fault in guards.KNOWN)
 
 
 def test_import_needs_torch_only():

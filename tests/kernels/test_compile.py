@@ -99,3 +99,20 @@ def test_transposed_products_are_found():
     }
 """
     assert count_transposed_products(IR + branch + transposed("%r")) == 1
+    # Before Triton 3.5 values have numbers, and regions side by side the same ones.
+    loads = "".join(
+        f"""    %sum{i} = scf.for %i = %c0 to %c2 step %c1 iter_args(%a = %zero) -> (tensor<64x64xf32>) : i32 {{
+      %7 = {value}
+      scf.yield %7 : tensor<64x64xf32>
+    }} loc(#loc1)
+"""
+        for i, value in enumerate(("tt.load %p_x", "tt.trans %a {order}", "arith.addf %b_p, %b_p"))
+    )
+    assert count_transposed_products(IR + loads) == 0
+    assert count_transposed_products(IR + loads + transposed("%sum1")) == 0
+    summed = """    %r = "tt.reduce"(%sums#0) <{axis = 1 : i32}> ({
+    ^bb0(%arg0: f32, %arg1: f32):
+      tt.reduce.return %arg0 : f32
+    }) : (tensor<64x64xf32>) -> tensor<64xf32>
+"""
+    assert count_transposed_products(IR + summed + transposed("%r")) == 1

@@ -54,6 +54,7 @@ def chunk_gated_delta_rule(
     Raises:
         ValueError: shapes, dtypes or devices that do not match, bad bounds, an unknown backend, an option that the
             backend does not have.
+        RuntimeError: a Triton that compiles the kernels to wrong code, known or found on first use (`first_use.py`).
     """
     backend = resolve_backend(backend, v.device, offered=("torch", "triton", "fla"))
     table = _check(q, k, v, g, beta, initial_state, cu_seqlens)
@@ -63,6 +64,7 @@ def chunk_gated_delta_rule(
         raise ValueError(f"recompute_states ({recompute_states}) must be None with backend {backend}, which {does}.")
     l2norm_eps = L2NORM_EPS if use_qk_l2norm_in_kernel else None
     if backend == "triton":
+        from megatron_gdn.kernels.first_use import check_rule
         from megatron_gdn.kernels.gated_delta_rule.triton_chunk import TritonChunkGatedDeltaRule, TritonSetting
 
         check_triton_dtypes(q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
@@ -73,6 +75,8 @@ def chunk_gated_delta_rule(
             negative_eigenvalues=allow_neg_eigval,
             recompute_states=recompute_states is not False,
         )
+        heads, sizes = (k.shape[2], v.shape[2]), (k.shape[3], v.shape[3])
+        check_rule(v, heads, sizes, triton_setting, has_state=initial_state is not None)
         o, final_state = TritonChunkGatedDeltaRule.apply(q, k, v, g, beta, initial_state, triton_setting)
         return o, final_state if output_final_state else None
     if backend == "fla":

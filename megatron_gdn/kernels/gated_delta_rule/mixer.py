@@ -112,6 +112,7 @@ def _run_triton(
     for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
         if x is not None and x.dtype != torch.float32:
             raise ValueError(f"{name} ({x.dtype}) must be float32: convert it, a 16-bit {name} changes the decay.")
+    from megatron_gdn.kernels.first_use import check_rule
     from megatron_gdn.kernels.gated_delta_rule.mixer_triton import MixerSetting, TritonMixer
     from megatron_gdn.kernels.gated_delta_rule.triton_chunk import TritonSetting
 
@@ -122,6 +123,7 @@ def _run_triton(
         l2norm_eps=L2NORM_EPS if l2norm else None,
         negative_eigenvalues=allow_neg_eigval,
     )
+    check_rule(mixed, heads, sizes, rule, has_state=False, norms=l2norm)
     documents = None if cu_seqlens is None else table
     setting = MixerSetting(heads=heads, sizes=sizes, eps=eps, rule=rule, documents=documents)
     return TritonMixer.apply(mixed, gates, conv_weight, norm_weight, A_log, dt_bias, setting)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_gdn.kernels.triton_support.configs import architecture, config, config_name
-from megatron_gdn.kernels.triton_support.language import LOG2_E, dot, store
+from megatron_gdn.kernels.triton_support.language import LOG2_E, dot, dot_float32, store
 from megatron_gdn.kernels.triton_support.offline import Case, strides
 from megatron_gdn.kernels.varlen import CHUNK_SIZE, ChunkTable
 
@@ -77,16 +77,16 @@ def inverse(b_A, PRECISION: tl.constexpr):
 
     # Pairs of 16: [[X, 0], [-Y A X, Y]] from their blocks X and Y.
     b_X = tl.reshape(b_X, [2, 2, 16, 16])
-    b_16 = dot(tl.sum(tl.where(m_first, 0.0, b_X), 1), b_16, tl.float32, PRECISION)
-    b_16 = dot(b_16, tl.sum(tl.where(m_first, b_X, 0.0), 1), tl.float32, PRECISION)
+    b_16 = dot_float32(tl.sum(tl.where(m_first, 0.0, b_X), 1), b_16, PRECISION)
+    b_16 = dot_float32(b_16, tl.sum(tl.where(m_first, b_X, 0.0), 1), PRECISION)
     b_X = tl.where(
         to_left[None, :] == 0, b_X[:, :, :, None, :], tl.where(to_left[None, :] == 1, -b_16[:, None, :, None, :], 0.0)
     )
     b_X = tl.reshape(b_X, [2, 32, 32])
     # The pair of 32.
     m_first = (o_2 == 0)[:, None, None]
-    b_32 = dot(tl.sum(tl.where(m_first, 0.0, b_X), 0), b_32, tl.float32, PRECISION)
-    b_32 = dot(b_32, tl.sum(tl.where(m_first, b_X, 0.0), 0), tl.float32, PRECISION)
+    b_32 = dot_float32(tl.sum(tl.where(m_first, 0.0, b_X), 0), b_32, PRECISION)
+    b_32 = dot_float32(b_32, tl.sum(tl.where(m_first, b_X, 0.0), 0), PRECISION)
     b_X = tl.where(to_left == 0, b_X[:, :, None, :], tl.where(to_left == 1, -b_32[None, :, None, :], 0.0))
     return tl.reshape(b_X, [64, 64])
 

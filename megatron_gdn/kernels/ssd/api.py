@@ -49,9 +49,11 @@ def ssd(
     backend = resolve_backend(backend, x.device)
     table = _check(x, dt, A, B, C, D, initial_state, cu_seqlens)
     if backend == "triton":
+        from megatron_gdn.kernels.first_use import check_ssd
         from megatron_gdn.kernels.ssd.triton_ssd import TritonSSD
 
         check_triton_dtypes(x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=initial_state)
+        check_ssd(x, B, D, initial_state)
         y, final_state = TritonSSD.apply(x, dt, B, C, A, D, initial_state, table)
         return y, final_state if output_final_state else None
     setting = Setting(table=table, dtype=accumulate_dtype(x.dtype), grad_enabled=torch.is_grad_enabled())

@@ -39,14 +39,23 @@ def round_to(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, DTYPE: tl.constexpr, PRECISION: tl.constexpr = "tf32x3"):
-    """a b with both rounded to DTYPE, accumulated in float32; PRECISION is of float32 operands on tensor cores."""
+def dot(a, b, DTYPE: tl.constexpr):
+    """a b with both rounded to DTYPE, accumulated in float32; float32 itself is three times tf32 on tensor cores."""
     if _INTERPRETED:
         return tl.dot(round_to(a, DTYPE), round_to(b, DTYPE), input_precision="ieee")
     elif DTYPE == tl.float32:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+        return dot_float32(a.to(tl.float32), b.to(tl.float32), "tf32x3")
     else:
         return tl.dot(a.to(DTYPE), b.to(DTYPE))
+
+
+@triton.jit
+def dot_float32(a, b, PRECISION: tl.constexpr):
+    """a b of float32 operands, PRECISION on tensor cores."""
+    if _INTERPRETED:
+        return tl.dot(a, b, input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit

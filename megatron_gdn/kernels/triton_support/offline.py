@@ -3,6 +3,7 @@
 Not in an interpreted process: TRITON_INTERPRET must not be set when Triton is imported.
 """
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -113,28 +114,48 @@ _VALUE = re.compile(r"%[\w$.-]+(?:#\d+)?")
 def count_transposed_products(ttir: str) -> int:
     """Transposes in Triton's IR whose operand comes from a dot, through arithmetic, loops and branches, not memory."""
     sources: dict[str, set[str]] = {}  # value -> values that it is computed from
-    products, transposed, open_regions = set(), [], []
+    products, transposed = set(), []
+    # Regions that are open: what its operation gives and what it carries along; its names, which others use again.
+    open_regions, scopes, numbers = [], [{}], itertools.count()
+
+    def define(name: str) -> str:
+        scopes[-1][name] = f"{name}@{next(numbers)}"
+        return scopes[-1][name]
+
+    def find(value: str) -> str:
+        name, _, number = value.partition("#")
+        known = next((scope[name] for scope in reversed(scopes) if name in scope), name)
+        return f"{known}#{number or 0}"
+
     for line in ttir.splitlines():
         name, operation, rest = _split_line(line)
-        used = {_numbered(value) for value in _VALUE.findall(rest)}
+        used = [find(value) for value in _VALUE.findall(rest)]
         if operation == "scf.yield":
             results, carried = open_regions[-1]
-            for i, value in enumerate(_VALUE.findall(rest)):
+            for i, value in enumerate(used):
                 for target in [f"{results}#{i}", *carried[i : i + 1]]:
-                    sources.setdefault(target, set()).add(_numbered(value))
-        elif operation in ("scf.for", "scf.if", "scf.while") or line.rstrip().split(" loc(")[0].endswith("{"):
+                    sources.setdefault(target, set()).add(value)
+        elif "} else" in line:
+            scopes[-1] = {}
+        elif line.rstrip().split(" loc(")[0].endswith("{"):
+            results = define(name) if name else ""
             pairs = re.findall(r"(%[\w$.-]+) = (%[\w$.#-]+)", rest.partition("iter_args(")[2].partition(")")[0])
-            for i, (argument, initial) in enumerate(pairs):
-                for target in (_numbered(argument), f"{name}#{i}"):
-                    sources.setdefault(target, set()).add(_numbered(initial))
-            if "} else" not in line:
-                open_regions.append((name, [_numbered(argument) for argument, _ in pairs]))
+            initial = [find(value) for _, value in pairs]
+            scopes.append({})
+            carried = [f"{define(argument)}#0" for argument, _ in pairs]
+            for i, value in enumerate(initial):
+                sources.setdefault(carried[i], set()).add(value)
+                sources.setdefault(f"{results}#{i}", set()).add(value)
+            if not operation.startswith("scf."):  # a reduction
+                sources[f"{results}#0"] = set(used)
+            open_regions.append((results, carried))
         elif line.strip().startswith("}") and open_regions:
             open_regions.pop()
+            scopes.pop()
         elif name:
-            target = f"{name}#0"
+            target = f"{define(name)}#0"
             # What is loaded is not what a dot holds in registers.
-            sources[target] = set() if operation == "tt.load" else used
+            sources[target] = set() if operation == "tt.load" else set(used)
             if operation == "tt.dot":
                 products.add(target)
             elif operation == "tt.trans":
@@ -146,10 +167,6 @@ def _split_line(line: str) -> tuple[str, str, str]:
     """Result, operation and the rest of a line of IR; the result without its number of values, or nothing."""
     found = re.match(r"\s*(?:(%[\w$.-]+)(?::\d+)? = )?\"?([\w.]+)\"?(.*)", line)
     return (found[1] or "", found[2], found[3]) if found else ("", "", "")
-
-
-def _numbered(value: str) -> str:
-    return value if "#" in value else f"{value}#0"
 
 
 def _reached(value: str, sources: dict[str, set[str]]) -> set[str]:
