@@ -167,7 +167,7 @@ def test_script_measures_a_run(tmp_path):
         (["--niah", "1"], "--niah needs --tokenizer"),
         (["--data", "x", "--lengths", "1,a"], "('1,a') must be positive numbers such as 1024,2048"),
         (["--data", "x", "--samples", "0"], "--tokens, --batch-size and --samples must be at least 1"),
-        (["--data", "x"], "no_run holds no checkpoint: name a step_... or iter_... folder, or the folder of a run"),
+        (["--data", "x"], "no_run does not exist: name a step_... or iter_... folder, or the folder of a run"),
     ],
 )
 def test_wrong_arguments(tmp_path, capsys, arguments, message):

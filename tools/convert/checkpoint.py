@@ -263,7 +263,12 @@ def find_checkpoint(path: Path) -> Path:
             if (found / ".metadata").is_file():
                 return found
             raise ConvertError(f"{latest} names {name}, and {found} holds no torch_dist checkpoint.")
-    raise ConvertError(f"{path} holds no checkpoint: name a step_... or iter_... folder, or the folder of a run.")
+    remedy = "name a step_... or iter_... folder, or the folder of a run"
+    if not path.exists():
+        raise ConvertError(f"{path} does not exist: {remedy}.")
+    if (path / "config.json").is_file():
+        remedy = "it is a Hugging Face folder, which tools.convert.hf_to_megatron reads"
+    raise ConvertError(f"{path} holds no checkpoint: {remedy}.")
 
 
 def _split(key: str) -> tuple[str, int | None]:

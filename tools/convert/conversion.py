@@ -209,12 +209,33 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raise ConvertError when the folder is there and not to be replaced, or is no folder."""
+# What a folder holds that a conversion has written, or training.
+_REPLACEABLE = ("config.json", "step_*", "iter_*", "release", ".metadata")
+
+
+def check_output(output: Path, *, source: Path, overwrite: bool) -> None:
+    """Raise ConvertError when the folder is there and not to be replaced, or is no folder.
+
+    Args:
+        output: to be written.
+        source: what is read; never replaced.
+        overwrite: the user wants a model or checkpoint that is there to go.
+    """
+    if output.name in ("", ".."):
+        raise ConvertError(f"--output ({output}) must be the name of a folder to make.")
     if output.exists() and not output.is_dir():
         raise ConvertError(f"--output ({output}) must be a folder: name another.")
-    if output.exists() and any(output.iterdir()) and not overwrite:
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not overwrite:
         raise ConvertError(f"--output ({output}) is not empty: name another folder, or --overwrite replaces it.")
+    if source.resolve().is_relative_to(output.resolve()):
+        raise ConvertError(f"--output ({output}) holds what is converted ({source}): name another folder.")
+    if not any(found for pattern in _REPLACEABLE for found in output.glob(pattern)):
+        raise ConvertError(
+            f"--output ({output}) holds neither a model nor a checkpoint, and --overwrite replaces nothing else: name "
+            "another folder."
+        )
 
 
 def replace_folder(aside: Path, output: Path) -> None:

@@ -144,7 +144,11 @@ def read_folder_config(folder: Path) -> HfConfig:
         if not isinstance(config["model_type"], str):
             raise TypeError("model_type must be a name")
     except OSError as error:
-        raise ConvertError(f"{folder} must be a folder with config.json: {error.strerror}.") from error
+        reason = error.strerror if folder.is_dir() else "there is no such folder"
+        marks = (".metadata", "step_*", "checkpoints", "latest_checkpointed_iteration.txt")
+        checkpoint = any(found for mark in marks for found in folder.glob(mark))
+        hint = " It is a checkpoint, which tools.convert.megatron_to_hf reads." if checkpoint else ""
+        raise ConvertError(f"{folder} must be a folder with config.json: {reason}.{hint}") from error
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ConvertError(f"{path} is not a model's configuration ({error!r}).") from error
     return config

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         found = open_folder(arguments.hf, arguments)
-        run(found, arguments, arguments.hf)
+        run(found, arguments, source=arguments.hf, tokenizer=arguments.hf)
     except (ConvertError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

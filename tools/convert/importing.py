@@ -173,18 +173,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on after a kill")
 
 
-def run(found: Import, arguments: argparse.Namespace, tokenizer: Path | None) -> None:
+def run(found: Import, arguments: argparse.Namespace, *, source: Path, tokenizer: Path | None) -> None:
     """Carry out what the options of `add_arguments` say.
 
     Args:
         found: what to write.
         arguments: the options.
+        source: what is read.
         tokenizer: folder whose tokenizer and generation settings go along; None: there is none.
     """
     output, conversion = arguments.output, found.conversion
     for name, reason in found.left_out.items():
         print(f"left out: {name} ({reason})")
-    check_output(output, overwrite=arguments.overwrite)
+    check_output(output, source=source, overwrite=arguments.overwrite)
     if arguments.dry_run:
         print_plan(conversion, output)
         return

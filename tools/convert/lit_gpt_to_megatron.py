@@ -30,6 +30,9 @@ def open_file(arguments: argparse.Namespace) -> Import:
     Raises:
         ConvertError: a model that lit_gpt has not, or weights that are not the recipe's.
     """
+    for name in ("file", "recipe"):
+        if not (path := getattr(arguments, name)).is_file():
+            raise ConvertError(f"--{name} ({path}) must be a file, and there is none.")
     recipe = load_config(arguments.recipe)
     # lit_gpt has what fla's format has, less full attention.
     obstacles = fla.obstacles(Architecture(model=recipe.model))
@@ -60,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         found = open_file(arguments)
-        run(found, arguments, None)
+        run(found, arguments, source=arguments.file, tokenizer=None)
     except (ConfigError, ConvertError, UnsafeCheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -141,12 +141,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         max_bytes = parse_size(arguments.max_shard_size)
-        check_output(arguments.output, overwrite=arguments.overwrite)
+        check_output(arguments.output, source=arguments.checkpoint, overwrite=arguments.overwrite)
         checkpoint = MegatronCheckpoint(arguments.checkpoint, master=arguments.weights == "master")
         target, reasons = choose_format(checkpoint.architecture, arguments.format)
         for line in lines_of(reasons):
             print(f"not {line}")
         export = Export(checkpoint, target, DTYPES[arguments.dtype], arguments.tokenizer)
+        if export.tokenizer is None:
+            print("no tokenizer goes along: the checkpoint has none beside it, and --tokenizer names none")
         if arguments.dry_run:
             print_plan(export.conversion, arguments.output)
         else:
