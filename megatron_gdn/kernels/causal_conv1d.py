@@ -290,7 +290,7 @@ def causal_conv1d_update(
                 f"state (strides {state.stride()}) must have contiguous channels for backend triton: allocate it as "
                 "[N, W - 1, D]."
             )
-        from megatron_gdn.kernels.causal_conv1d_triton import update
+        from megatron_gdn.kernels.causal_conv1d_states_triton import update
 
         return update(x, state, weight, bias, activation)
     y, after = causal_conv1d_update_ref(x, state, weight, bias, activation=activation)

@@ -7,7 +7,7 @@ times.
 Bytes per token and channel of e bytes: forward 2 e, backward 3 e; in bfloat16, 4 and 6. For the 8192 channels of a
 layer of 16 key and 32 value heads of 128, that is 33 kB and 49 kB per token: 11 ns and 16 ns at 3.0 TB/s. The sums of
 dweight and dbias over a program's tokens go to memory in float32, 1 % of that, and torch adds them in a fixed order.
-Decoding moves 2 e + 2 (W - 1) bytes of state, 16 in bfloat16 with W = 4: 44 ns per sequence.
+The states before and after a sequence, and decoding, are in causal_conv1d_states_triton.py.
 """
 
 import torch
@@ -16,6 +16,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_gdn.kernels.causal_conv1d_states_triton import (
+    cases_of,
+    channels_last,
+    final_state,
+    initial_state_backward,
+    load_row,
+    load_taps,
+    silu_backward,
+    table_pointers,
+)
 from megatron_gdn.kernels.triton_support.configs import architecture, config
 from megatron_gdn.kernels.triton_support.language import store
 from megatron_gdn.kernels.triton_support.offline import Case
@@ -41,36 +51,6 @@ def _chunk(i_c, T, p_bounds, p_chunk_bounds, p_chunk_sequence, PACKED: tl.conste
         n = i_c // chunks
         first = (i_c % chunks) * CHUNK
         return n, n, first, n * 0, T + n * 0
-
-
-@triton.jit
-def _load_taps(p_weight, o_d, m_d, WIDTH: tl.constexpr):
-    """Weight by position in time, W times `[BLOCK_D]` float32."""
-    taps = ()
-    for j in tl.static_range(WIDTH):
-        taps = taps + (tl.load(p_weight + o_d * WIDTH + j, mask=m_d, other=0.0).to(tl.float32),)
-    return taps
-
-
-@triton.jit
-def _load_row(p_x, p_state, row, start, end, stride, o_d, m_d, D, WIDTH: tl.constexpr, HAS_STATE: tl.constexpr):
-    """x of rows `[I]`, counted as start and end are: 0 or the state before a document, 0 after. `[I, BLOCK_D]`."""
-    mask = ((row >= start) & (row < end))[:, None] & m_d[None, :]
-    x = tl.load(p_x + row[:, None] * stride + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-    if HAS_STATE:
-        before = row - start + (WIDTH - 1)
-        mask = ((row < start) & (before >= 0))[:, None] & m_d[None, :]
-        x += tl.load(p_state + before[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-    return x
-
-
-@triton.jit
-def _silu_backward(dy, z, SILU: tl.constexpr):
-    if SILU:
-        s = tl.sigmoid(z)
-        return dy * s * (1 + z * (1 - s))
-    else:
-        return dy
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -110,13 +90,13 @@ def causal_conv1d_forward_kernel(
     p_y += b.to(tl.int64) * stride_yb + first.to(tl.int64) * stride_yt
     p_state += n.to(tl.int64) * (WIDTH - 1) * D
     start, end = start - first, end - first
-    taps = _load_taps(p_weight, o_d, m_d, WIDTH)
+    taps = load_taps(p_weight, o_d, m_d, WIDTH)
     # Tokens are counted from the chunk's first; x[i] is the row i - (W - 1) after that of a run's first token.
     token = tl.arange(0, BLOCK_I) * RUN
     x = ()
     for i in tl.static_range(RUN + WIDTH - 1):
         row = token + (i - WIDTH + 1)
-        x = x + (_load_row(p_x, p_state, row, start, end, stride_xt, o_d, m_d, D, WIDTH, HAS_STATE),)
+        x = x + (load_row(p_x, p_state, row, start, end, stride_xt, o_d, m_d, D, WIDTH, HAS_STATE),)
     for i in tl.static_range(RUN):
         y = x[i] * taps[0][None, :]
         for j in tl.static_range(1, WIDTH):
@@ -167,7 +147,7 @@ def causal_conv1d_backward_kernel(
     i_p = tl.program_id(0) // num_blocks
     o_d = (tl.program_id(0) % num_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    taps = _load_taps(p_weight, o_d, m_d, WIDTH)
+    taps = load_taps(p_weight, o_d, m_d, WIDTH)
     if HAS_BIAS:
         bias = tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
     NUM_SUMS: tl.constexpr = WIDTH + HAS_BIAS
@@ -188,7 +168,7 @@ def causal_conv1d_backward_kernel(
         x = ()
         for i in tl.static_range(RUN + 2 * WIDTH - 2):
             row = token + (i - WIDTH + 1)
-            x = x + (_load_row(p_x_chunk, p_before, row, start, end, stride_xt, o_d, m_d, D, WIDTH, HAS_STATE),)
+            x = x + (load_row(p_x_chunk, p_before, row, start, end, stride_xt, o_d, m_d, D, WIDTH, HAS_STATE),)
         dz = ()
         for i in tl.static_range(RUN + WIDTH - 1):
             z = x[i] * taps[0][None, :]
@@ -196,8 +176,8 @@ def causal_conv1d_backward_kernel(
                 z += x[i + j] * taps[j][None, :]
             if HAS_BIAS:
                 z += bias[None, :]
-            dy = _load_row(p_dy_chunk, p_dy_chunk, token + i, start, end, stride_dyt, o_d, m_d, D, WIDTH, False)
-            dz = dz + (_silu_backward(dy, z, SILU),)
+            dy = load_row(p_dy_chunk, p_dy_chunk, token + i, start, end, stride_dyt, o_d, m_d, D, WIDTH, False)
+            dz = dz + (silu_backward(dy, z, SILU),)
             if i < RUN:
                 summed = ()
                 for j in tl.static_range(WIDTH):
@@ -222,159 +202,8 @@ def causal_conv1d_backward_kernel(
         tl.store(p_sums + j * D + o_d, tl.sum(sums[j], 0), mask=m_d)
 
 
-@triton.jit
-def _sequence(n, T, p_bounds, PACKED: tl.constexpr):
-    """Row of the batch that a sequence is in, its first token there, and its length."""
-    if PACKED:
-        start = tl.load(p_bounds + n)
-        return n * 0, start, (tl.load(p_bounds + n + 1) - start).to(tl.int32)
-    else:
-        return n, n * 0, T + n * 0
-
-
-@triton.jit(do_not_specialize=["T"])
-def causal_conv1d_final_state_kernel(
-    p_x,
-    p_state,
-    p_final,
-    p_bounds,
-    T,
-    D,
-    stride_xb,
-    stride_xt,
-    WIDTH: tl.constexpr,
-    HAS_STATE: tl.constexpr,
-    PACKED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The last W - 1 rows of a sequence, with its state before it."""
-    num_blocks = tl.cdiv(D, BLOCK_D)
-    n = tl.program_id(0) // num_blocks
-    o_d = (tl.program_id(0) % num_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    b, start, length = _sequence(n, T, p_bounds, PACKED)
-    p_x += b.to(tl.int64) * stride_xb + (start.to(tl.int64) + length - (WIDTH - 1)) * stride_xt
-    o_state = n.to(tl.int64) * (WIDTH - 1) * D
-    for j in tl.static_range(WIDTH - 1):
-        row = tl.arange(0, 1) + j
-        x = _load_row(
-            p_x, p_state + o_state, row, WIDTH - 1 - length, WIDTH - 1, stride_xt, o_d, m_d, D, WIDTH, HAS_STATE
-        )
-        store(p_final + o_state + j * D + o_d[None, :], x, mask=m_d[None, :])
-
-
-@triton.jit(do_not_specialize=["T"])
-def causal_conv1d_initial_state_backward_kernel(
-    p_dy,
-    p_dfinal,
-    p_x,
-    p_weight,
-    p_bias,
-    p_state,
-    p_dstate,
-    p_bounds,
-    T,
-    D,
-    stride_dyb,
-    stride_dyt,
-    stride_xb,
-    stride_xt,
-    WIDTH: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_DFINAL: tl.constexpr,
-    SILU: tl.constexpr,
-    PACKED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Gradient of the W - 1 rows before a sequence, from its first W - 1 tokens and its final state."""
-    num_blocks = tl.cdiv(D, BLOCK_D)
-    n = tl.program_id(0) // num_blocks
-    o_d = (tl.program_id(0) % num_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    b, start, length = _sequence(n, T, p_bounds, PACKED)
-    p_x += b.to(tl.int64) * stride_xb + start.to(tl.int64) * stride_xt
-    p_dy += b.to(tl.int64) * stride_dyb + start.to(tl.int64) * stride_dyt
-    o_state = n.to(tl.int64) * (WIDTH - 1) * D
-    taps = _load_taps(p_weight, o_d, m_d, WIDTH)
-    one = tl.arange(0, 1)
-    dz = ()
-    for i in tl.static_range(WIDTH - 1):
-        z = tl.zeros([1, BLOCK_D], tl.float32)
-        for j in tl.static_range(WIDTH):
-            row = one + (i + j - WIDTH + 1)
-            x = _load_row(p_x, p_state + o_state, row, 0, length, stride_xt, o_d, m_d, D, WIDTH, True)
-            z += x * taps[j][None, :]
-        if HAS_BIAS:
-            z += tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
-        dy = _load_row(p_dy, p_dy, one + i, 0, length, stride_dyt, o_d, m_d, D, WIDTH, False)
-        dz = dz + (_silu_backward(dy, z, SILU),)
-    # Row i of the state meets tap i - j of token j.
-    for i in tl.static_range(WIDTH - 1):
-        dstate = dz[0] * taps[i][None, :]
-        for j in tl.static_range(1, i + 1):
-            dstate += dz[j] * taps[i - j][None, :]
-        if HAS_DFINAL:
-            # A sequence shorter than W - 1 hands rows of its state on.
-            kept = one + i - length
-            mask = (kept >= 0)[:, None] & m_d[None, :]
-            p_kept = p_dfinal + o_state + kept[:, None] * D + o_d[None, :]
-            dstate += tl.load(p_kept, mask=mask, other=0.0).to(tl.float32)
-        store(p_dstate + o_state + i * D + o_d[None, :], dstate, mask=m_d[None, :])
-
-
-@triton.jit
-def causal_conv1d_update_kernel(
-    p_x,
-    p_state,
-    p_weight,
-    p_bias,
-    p_y,
-    D,
-    stride_x,
-    stride_sn,
-    stride_sw,
-    WIDTH: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SILU: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """One token of a sequence; the state moves on by one row in place."""
-    num_blocks = tl.cdiv(D, BLOCK_D)
-    n = tl.program_id(0) // num_blocks
-    o_d = (tl.program_id(0) % num_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    taps = _load_taps(p_weight, o_d, m_d, WIDTH)
-    p_state += n.to(tl.int64) * stride_sn
-    x = tl.load(p_x + n.to(tl.int64) * stride_x + o_d, mask=m_d, other=0.0).to(tl.float32)
-    y = x * taps[WIDTH - 1]
-    for j in tl.static_range(WIDTH - 1):
-        row = tl.load(p_state + j * stride_sw + o_d, mask=m_d, other=0.0).to(tl.float32)
-        y += row * taps[j]
-        if j > 0:
-            store(p_state + (j - 1) * stride_sw + o_d, row, mask=m_d)
-    store(p_state + (WIDTH - 2) * stride_sw + o_d, x, mask=m_d)
-    if HAS_BIAS:
-        y += tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
-    if SILU:
-        y = y * tl.sigmoid(y)
-    store(p_y + n.to(tl.int64) * D + o_d, y, mask=m_d)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _num_sequences(x: Tensor, table: ChunkTable | None) -> int:
-    return x.shape[0] if table is None else len(table.lengths)
-
-
 def _num_chunks(x: Tensor, table: ChunkTable | None) -> int:
     return x.shape[0] * triton.cdiv(x.shape[1], CHUNK_SIZE) if table is None else table.num_chunks
-
-
-def _table_pointers(x: Tensor, table: ChunkTable | None) -> tuple[Tensor, Tensor, Tensor]:
-    """bounds, chunk_bounds, chunk_sequence; without a table, anything."""
-    return (x, x, x) if table is None else (table.bounds, table.chunk_bounds, table.chunk_sequence)
 
 
 def forward(
@@ -391,50 +220,33 @@ def forward(
     Args:
         table: of packed documents; None: every row of the batch is a sequence.
     """
-    B, T, D = x.shape
-    arch, N, x = architecture(x.device), _num_sequences(x, table), _channels_last(x)
-    state = x if initial_state is None else initial_state.contiguous()
-    common = dict(WIDTH=weight.shape[1], HAS_STATE=initial_state is not None, PACKED=table is not None)
+    (B, T, D), x = x.shape, channels_last(x)
     y, final = torch.empty(B, T, D, dtype=x.dtype, device=x.device), None
-    launch = config("causal_conv1d_forward", arch)
-    blocks = triton.cdiv(D, dict(launch.block)["BLOCK_D"])
-    with torch.cuda.device_of(x):
-        if x.numel():
-            causal_conv1d_forward_kernel[(_num_chunks(x, table) * blocks,)](
+    launch = config("causal_conv1d_forward", architecture(x.device))
+    if x.numel():
+        with torch.cuda.device_of(x):
+            causal_conv1d_forward_kernel[(_num_chunks(x, table) * triton.cdiv(D, dict(launch.block)["BLOCK_D"]),)](
                 x,
                 weight.contiguous(),
                 x if bias is None else bias.contiguous(),
-                state,
+                x if initial_state is None else initial_state.contiguous(),
                 y,
-                *_table_pointers(x, table),
+                *table_pointers(x, table),
                 T,
                 D,
                 x.stride(0),
                 x.stride(1),
                 y.stride(0),
                 y.stride(1),
+                WIDTH=weight.shape[1],
                 HAS_BIAS=bias is not None,
+                HAS_STATE=initial_state is not None,
                 SILU=activation == "silu",
-                **common,
+                PACKED=table is not None,
                 **launch.launch,
             )
-        if output_final_state:
-            final = torch.empty(N, weight.shape[1] - 1, D, dtype=x.dtype, device=x.device)
-            launch = config("causal_conv1d_final_state", arch)
-            blocks = triton.cdiv(D, dict(launch.block)["BLOCK_D"])
-            if final.numel():
-                causal_conv1d_final_state_kernel[(N * blocks,)](
-                    x,
-                    state,
-                    final,
-                    _table_pointers(x, table)[0],
-                    T,
-                    D,
-                    x.stride(0),
-                    x.stride(1),
-                    **common,
-                    **launch.launch,
-                )
+    if output_final_state:
+        final = final_state(x, initial_state, weight.shape[1], table)
     return y, final
 
 
@@ -460,43 +272,27 @@ def backward(
             contiguous, any other strides; None: new memory.
         needs_dstate: False: no dinitial_state.
     """
-    B, T, D = x.shape
-    width, arch, N, num_chunks = (
-        weight.shape[1],
-        architecture(x.device),
-        _num_sequences(x, table),
-        _num_chunks(x, table),
-    )
-    x, dy = _channels_last(x), _channels_last(dy)
+    (B, T, D), width, num_chunks = x.shape, weight.shape[1], _num_chunks(x, table)
+    x, dy = channels_last(x), channels_last(dy)
     dx = torch.empty(B, T, D, dtype=x.dtype, device=x.device) if dx is None else dx
     assert dx.shape == x.shape and (D == 1 or dx.stride(-1) == 1), "dx must have x's shape and contiguous channels"
-    weights = weight.contiguous(), x if bias is None else bias.contiguous()
-    state = x if initial_state is None else initial_state.contiguous()
-    dfinal_or_x = x if dfinal is None else dfinal.contiguous()
-    common = dict(
-        WIDTH=width,
-        HAS_BIAS=bias is not None,
-        HAS_DFINAL=dfinal is not None,
-        SILU=activation == "silu",
-        PACKED=table is not None,
-    )
-    launch = config("causal_conv1d_backward", arch)
+    launch = config("causal_conv1d_backward", architecture(x.device))
     blocks = triton.cdiv(D, dict(launch.block)["BLOCK_D"])
     steps = max(1, min(MAX_STEPS, num_chunks * blocks // MIN_PROGRAMS))
     programs = triton.cdiv(num_chunks, steps)
     sums = torch.empty(programs, width + (bias is not None), D, dtype=torch.float32, device=x.device)
-    dstate = None
-    with torch.cuda.device_of(x):
-        if x.numel():
+    if x.numel():
+        with torch.cuda.device_of(x):
             causal_conv1d_backward_kernel[(programs * blocks,)](
                 dy,
-                dfinal_or_x,
+                x if dfinal is None else dfinal.contiguous(),
                 x,
-                *weights,
-                state,
+                weight.contiguous(),
+                x if bias is None else bias.contiguous(),
+                x if initial_state is None else initial_state.contiguous(),
                 dx,
                 sums,
-                *_table_pointers(x, table),
+                *table_pointers(x, table),
                 num_chunks,
                 steps,
                 T,
@@ -507,61 +303,20 @@ def backward(
                 x.stride(1),
                 dx.stride(0),
                 dx.stride(1),
+                WIDTH=width,
+                HAS_BIAS=bias is not None,
                 HAS_STATE=initial_state is not None,
-                **common,
+                HAS_DFINAL=dfinal is not None,
+                SILU=activation == "silu",
+                PACKED=table is not None,
                 **launch.launch,
             )
-        if initial_state is not None and needs_dstate:
-            dstate = torch.empty(initial_state.shape, dtype=initial_state.dtype, device=x.device)
-            launch = config("causal_conv1d_initial_state_backward", arch)
-            blocks = triton.cdiv(D, dict(launch.block)["BLOCK_D"])
-            if dstate.numel():
-                causal_conv1d_initial_state_backward_kernel[(N * blocks,)](
-                    dy,
-                    dfinal_or_x,
-                    x,
-                    *weights,
-                    state,
-                    dstate,
-                    _table_pointers(x, table)[0],
-                    T,
-                    D,
-                    dy.stride(0),
-                    dy.stride(1),
-                    x.stride(0),
-                    x.stride(1),
-                    **common,
-                    **launch.launch,
-                )
+    dstate = None
+    if initial_state is not None and needs_dstate:
+        dstate = initial_state_backward(dy, dfinal, x, weight, bias, initial_state, table, activation)
     total = sums.sum(0)
     dbias = None if bias is None else total[width].to(bias.dtype)
     return dx, total[:width].t().to(weight.dtype), dbias, dstate
-
-
-def update(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """y `[N, D]`, and the state in place."""
-    N, D = x.shape
-    x = _channels_last(x)
-    y = torch.empty(N, D, dtype=x.dtype, device=x.device)
-    launch = config("causal_conv1d_update", architecture(x.device))
-    if x.numel():
-        with torch.cuda.device_of(x):
-            causal_conv1d_update_kernel[(N * triton.cdiv(D, dict(launch.block)["BLOCK_D"]),)](
-                x,
-                state,
-                weight.contiguous(),
-                x if bias is None else bias.contiguous(),
-                y,
-                D,
-                x.stride(0),
-                state.stride(0),
-                state.stride(1),
-                WIDTH=weight.shape[1],
-                HAS_BIAS=bias is not None,
-                SILU=activation == "silu",
-                **launch.launch,
-            )
-    return y
 
 
 class CausalConv1dTriton(torch.autograd.Function):
@@ -585,36 +340,5 @@ class CausalConv1dTriton(torch.autograd.Function):
 
 
 def compile_cases(arch: str) -> list[Case]:
-    """The kernels as shipped: a slice of a projection, width 4, SiLU."""
-    integers = {f"stride_{x}{i}": "i32" for x in ("x", "y", "dy", "dx") for i in "bt"}
-    integers |= dict(T="i32", D="i32", num_chunks="i32", steps="i32", stride_x="i32", stride_sn="i32", stride_sw="i32")
-    integers |= dict(p_bounds="*i64", p_chunk_bounds="*i32", p_chunk_sequence="*i32", p_sums="*fp32")
-    options = dict(WIDTH=4, HAS_BIAS=False, HAS_STATE=False, HAS_DFINAL=False, SILU=True, PACKED=True)
-    everything = options | dict(HAS_BIAS=True, HAS_STATE=True, HAS_DFINAL=True)
-    kernels = (
-        causal_conv1d_forward_kernel,
-        causal_conv1d_backward_kernel,
-        causal_conv1d_final_state_kernel,
-        causal_conv1d_initial_state_backward_kernel,
-        causal_conv1d_update_kernel,
-    )
-    cases = []
-    for kernel in kernels:
-        name = kernel.__name__.removesuffix("_kernel")
-        variants = [("bf16", "packed", options), ("bf16", "packed, bias and states", everything)]
-        variants += [("bf16", "batch", options | dict(PACKED=False)), ("fp32", "packed", options)]
-        variants += [("fp16", "packed", options), ("bf16", "packed, width 2", options | dict(WIDTH=2))]
-        for dtype, what, constexprs in variants:
-            tensors = ("x", "weight", "bias", "state", "y", "dy", "dfinal", "dx", "final", "dstate")
-            used = [argument for argument in kernel.arg_names if argument in constexprs]
-            cases.append(
-                Case(
-                    name=f"{name} {dtype} {what}",
-                    kernel=kernel,
-                    signature=integers | {f"p_{x}": f"*{dtype}" for x in tensors},
-                    constexprs={argument: constexprs[argument] for argument in used},
-                    config=config(name, arch),
-                    default=(dtype, what) == ("bf16", "packed"),
-                )
-            )
-    return cases
+    """The kernels as shipped."""
+    return cases_of((causal_conv1d_forward_kernel, causal_conv1d_backward_kernel), arch)

@@ -35,6 +35,7 @@ MODULES = (
     "ssd.backward_groups",
     "ssd.backward_heads",
     "causal_conv1d_triton",
+    "causal_conv1d_states_triton",
     "gated_rms_norm_triton",
     "l2norm_triton",
 )

@@ -175,10 +175,27 @@ def test_every_row_of_the_launch_table_can_be_tuned():
     from megatron_gdn.kernels.triton_support.configs import TABLE
 
     covered = {row for dtype in ("bfloat16", "float32") for row in tune.table_rows(dtype)}
-    # Kernels of a few microseconds, not worth it: states of the convolution, and decoding. The affine map of a fragment
-    # runs under context parallelism only, and the tuner has no ranks.
+    # Kernels of a few microseconds, not worth it: states of the convolution, and decoding.
     left = {row for row in TABLE if row not in covered}
-    assert all(row.startswith(("causal_conv1d_", "recurrent", "decode", "affine_map")) for row in left), left
+    assert all(row.startswith(("causal_conv1d_", "recurrent", "decode")) for row in left), left
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tuner_checks_the_kernel_of_context_parallelism(monkeypatch, dtype):
+    """On the interpreter, as the tuner does with each launch before it is timed."""
+    from megatron_gdn.kernels.gated_delta_rule import stretch_triton
+
+    shape = RuleShape(B=1, T=70, H=1, HV=2, K=16, V=20, dtype=dtype)
+    row = next(row for row, runs in tune.table_rows(dtype).items() if runs == tune.MAPS)
+    assert tune.sizes_of(row, tune.MAPS, shape) == (16, 20)
+    tune.check(row, tune.MAPS, shape, torch.device("cpu"))
+    M, S = tune.to_time(row, tune.MAPS, shape, torch.device("cpu"))()
+    assert M.shape == (1, 2, 16, 16) and S.shape == (1, 2, 16, 20)
+    right = stretch_triton.affine_maps
+    monkeypatch.setattr(stretch_triton, "affine_maps", lambda *args, **options: (right(*args, **options)[0],) * 2)
+    shape = RuleShape(B=1, T=70, H=1, HV=2, K=16, V=16, dtype=dtype)
+    with pytest.raises(AssertionError, match="S: relative error"):
+        tune.check(row, tune.MAPS, shape, torch.device("cpu"))
 
 
 def test_tuning_ranks_and_refuses(monkeypatch, capsys):

@@ -29,7 +29,8 @@ from tests.bench.shapes import RULE_GPU, RuleShape
 # Below this the difference is of the same kind as from one run to the next.
 WORTH = 1.03
 RULE_KERNELS = ("prepare", "states", "output", "state_gradients", "input_gradients")
-ROWS_OF_STAGE = {"states": ("state",), "state_gradients": ("scores", "state_gradients")}
+MAPS = "affine_maps"
+ROWS_OF_STAGE = {"states": ("state",), "state_gradients": ("scores", "state_gradients"), MAPS: ("affine_map",)}
 """Where the rows of the launch table are not named as the function."""
 OPERATORS = {
     "l2norm": ("l2norm_forward", "l2norm_backward"),
@@ -53,7 +54,7 @@ def table_rows(dtype: str) -> dict[str, str]:
     from megatron_gdn.kernels.triton_support.configs import TABLE
 
     found = {}
-    for stage in RULE_KERNELS:
+    for stage in (*RULE_KERNELS, MAPS):
         for name in ROWS_OF_STAGE.get(stage, (stage,)):
             if dtype == "float32":
                 name = next((row for row in (f"{name}_float32", f"{name} float32") if row in TABLE), name)
@@ -151,6 +152,26 @@ def operator_call(operator: str, device: torch.device, dtype: torch.dtype, shape
     return lambda *x: causal_conv1d(*x, **backend)[0], lambda *x: causal_conv1d_ref(*x)[0], tensors
 
 
+def affine_map_of(
+    tensors: dict[str, Tensor], *, triton: bool, l2norm: bool = True
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A call that gives M and S of a fragment, as context parallelism does, without what comes before it."""
+    from megatron_gdn.kernels.gated_delta_rule.stretch import affine_map
+    from megatron_gdn.kernels.l2norm import L2NORM_EPS
+    from megatron_gdn.kernels.varlen import table_of_batch
+
+    k, v, g, beta = (tensors[name].detach() for name in ("k", "v", "g", "beta"))
+    table = table_of_batch(v, None)
+    if not triton:
+        return lambda: affine_map(k, v, g=g, beta=beta, table=table, use_qk_l2norm_in_kernel=l2norm)
+    from megatron_gdn.kernels.gated_delta_rule.prepare import prepare
+    from megatron_gdn.kernels.gated_delta_rule.stretch_triton import affine_maps
+
+    eps = L2NORM_EPS if l2norm else None
+    prepared = prepare(k, k, g, beta, table=table, l2norm_eps=eps, negative_eigenvalues=False)
+    return lambda: affine_maps(k, v, beta, prepared, table=table)
+
+
 def check(row: str, runs: str, shape: RuleShape, device: torch.device) -> None:
     """The operation with the launch that is set now, against float64 and against itself; AssertionError."""
     from tests.gpu.stage import Stage, bounds_of, exact_results, output_gradient, results
@@ -168,6 +189,15 @@ def check(row: str, runs: str, shape: RuleShape, device: torch.device) -> None:
         ours, again = (results(chunk_gated_delta_rule, inputs, **options, backend="triton") for _ in range(2))
         limits = bounds_of(dtype)
         limits = {name: limits[name if name in limits else name[1:]] for name in exact}
+    elif runs == MAPS:
+        stage = Stage(device=device, backend="triton", rehearsal=device.type != "cuda")
+        inputs = stage.rule_inputs(1, min(small.T, 200), small.H, small.HV, small.K, small.V, dtype, states=1)
+        inputs["g"] = inputs["g"] / 50  # something is left of the state that enters
+        ours, again = (dict(zip("MS", affine_map_of(inputs, triton=True)(), strict=True)) for _ in range(2))
+        wide = {name: x.double() for name, x in inputs.items()}
+        exact = dict(zip("MS", affine_map_of(wide, triton=False)(), strict=True))
+        # Without values and in its own size M shows roundings that the values of S hide: the bound of gradients.
+        limits = dict(S=bounds_of(dtype)["final_state"], M=bounds_of(dtype)["k"])
     else:
         function, reference, tensors = operator_call(runs, device, dtype, small)
 
@@ -205,6 +235,8 @@ def to_time(row: str, runs: str, shape: RuleShape, device: torch.device) -> Call
     from tests.bench.gpu import cu_seqlens_of, inputs
     from tests.bench.pipeline import stages
 
+    if runs == MAPS:
+        return affine_map_of(inputs(shape, device)[0], triton=True)
     if runs in RULE_KERNELS:
         return stages(shape, *inputs(shape, device), cu_seqlens_of(shape, device))[runs]
     function, _, tensors = operator_call(runs, device, getattr(torch, shape.dtype), shape)
@@ -217,7 +249,7 @@ def to_time(row: str, runs: str, shape: RuleShape, device: torch.device) -> Call
 
 def sizes_of(row: str, runs: str, shape: RuleShape) -> tuple[int, int]:
     """K and V that the kernel looks its launch up with."""
-    if runs in RULE_KERNELS:
+    if runs in (*RULE_KERNELS, MAPS):
         return shape.K, 0 if runs == "prepare" else shape.V
     if runs == "ssd":
         return ssd.N, 0 if row.startswith("ssd_prepare") else ssd.P
