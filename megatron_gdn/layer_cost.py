@@ -75,6 +75,7 @@ class Sizes:
 
     @property
     def hidden(self) -> int:
+        """Width of the residual stream."""
         return self.model.hidden_size
 
     @property
@@ -173,6 +174,7 @@ def head_exchange_bytes(config: Config) -> float:
 
 
 def add_pairs(*pairs: tuple[float, float]) -> tuple[float, float]:
+    """Sums of the first and of the second numbers of pairs."""
     forward, backward = (sum(parts) for parts in zip(*pairs, strict=True))
     return forward, backward
 
