@@ -56,7 +56,7 @@ def examine() -> list[Role]:
             why="optimizer.name=muon; own: PyTorch's and Megatron-Core's take a fused weight for one matrix",
         ),
         _clipping(te, apex),
-        _accumulation(),
+        _accumulation(device),
         _fp8(device, te),
         Role(
             role="DeepSpeed engine",
@@ -127,19 +127,21 @@ def _clipping(te: str | None, apex: str | None) -> Role:
     return Role(role="clipping", provider=module, why=why)
 
 
-def _accumulation() -> Role:
+def _accumulation(device: torch.device) -> Role:
     from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 
+    from megatron_gdn.providers import fuses_weight_gradients
+
+    role, extension, hooks = "gradient accumulation", "fused_weight_gradient_mlp_cuda", "Megatron-Core's hooks"
+    if fuses_weight_gradients(device):
+        why = "Apex's extension imports: engine megatron adds weight gradients to float32 buffers inside the product"
+        return Role(role=role, provider=extension, why=why)
     if _grad_accum_fusion_available:
-        return Role(
-            role="gradient accumulation",
-            provider="fused_weight_gradient_mlp_cuda",
-            why="Apex's extension imports: weight gradients are added to float32 buffers inside the product",
-        )
+        return Role(role=role, provider=hooks, why=f"Apex's extension {extension} imports, and runs on CUDA only")
     return Role(
-        role="gradient accumulation",
-        provider="Megatron-Core's hooks",
-        why="Apex's extension fused_weight_gradient_mlp_cuda is not there; README says how to build it",
+        role=role,
+        provider=hooks,
+        why=f"Apex's extension {extension} is not there; megatron_gdn/fp8/README.md says how to build it",
     )
 
 

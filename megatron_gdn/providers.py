@@ -17,7 +17,8 @@ small one feeds float32 gates and never runs in FP8. With both providers a check
 
 from dataclasses import dataclass
 
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, layers
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_gdn.config import FP8Config
@@ -82,3 +83,15 @@ def get_provider(name: str, *, zero_centered_norm: bool = False, fp8: FP8Config 
             norm_column=te.TELayerNormColumnParallelLinear,
         )
     raise ValueError(f"provider ({name}) must be 'local' or 'te': Megatron's own modules or Transformer Engine's.")
+
+
+def fuses_weight_gradients(device: torch.device) -> bool:
+    """Whether linear layers add weight gradients to float32 buffers inside the product.
+
+    Apex's extension `fused_weight_gradient_mlp_cuda` does it for Megatron's modules, on CUDA only; it is used wherever
+    Megatron could import it.
+
+    Args:
+        device: of this rank.
+    """
+    return device.type == "cuda" and layers._grad_accum_fusion_available

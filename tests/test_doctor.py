@@ -45,6 +45,7 @@ def test_broken_and_foreign_packages_serve_nothing(tmp_path):
     assert broken["optimizer"]["provider"] == "megatron_gdn.parallel.cpu.AdamW"
     assert broken["clipping"]["provider"] == "megatron.core.utils"
     assert broken["gradient accumulation"]["provider"] == "Megatron-Core's hooks"
+    assert "is not there; megatron_gdn/fp8/README.md" in broken["gradient accumulation"]["why"]
     assert broken["FP8"]["provider"] == "emulated" and broken["kernels"]["provider"] == "torch"
     assert broken["attention"]["provider"] == "torch" and broken["device"]["provider"] == "cpu, gloo"
 
@@ -54,5 +55,22 @@ def test_apex_serves_what_megatron_takes_from_it(tmp_path):
     whole = examine(tmp_path / "whole", WHOLE_APEX)
     assert whole["optimizer"]["provider"] == "apex.optimizers.fused_adam.FusedAdam"
     assert whole["clipping"]["provider"] == "amp_C"
-    assert whole["gradient accumulation"]["provider"] == "fused_weight_gradient_mlp_cuda"
+    # The extension is there, and the device is a CPU.
+    assert whole["gradient accumulation"]["provider"] == "Megatron-Core's hooks"
+    assert "fused_weight_gradient_mlp_cuda imports, and runs on CUDA only" in whole["gradient accumulation"]["why"]
     assert whole["linear"]["provider"] == "Megatron-Core"  # Apex has no linear layers
+
+
+@pytest.mark.parametrize("imports", [False, True])
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_weight_gradients_are_fused_where_the_extension_and_cuda_are(monkeypatch, imports, kind):
+    from megatron.core.tensor_parallel import layers
+
+    from megatron_gdn import doctor
+    from megatron_gdn.providers import fuses_weight_gradients
+
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", imports)
+    fused = imports and kind == "cuda"
+    assert fuses_weight_gradients(torch.device(kind)) is fused
+    provider = doctor._accumulation(torch.device(kind)).provider
+    assert provider == ("fused_weight_gradient_mlp_cuda" if fused else "Megatron-Core's hooks")

@@ -25,6 +25,7 @@ from megatron_gdn.fp8.recipe import host_options
 from megatron_gdn.hybrid.model import build_model, padded_vocab_size, transformer_config
 from megatron_gdn.parallel.fragments import prepare_fragments
 from megatron_gdn.parallel.host import FragmentParams
+from megatron_gdn.providers import fuses_weight_gradients
 from megatron_gdn.training.optimizer import build_optimizer
 from megatron_gdn.training.packing import Batch, pack
 
@@ -55,7 +56,8 @@ class MegatronEngine:
             vocab_size: tokens of the vocabulary, before padding.
             device: of this rank.
         """
-        host_config, model = build_stage(config, vocab_size=vocab_size, device=device)
+        fuse = fuses_weight_gradients(device)
+        host_config, model = build_stage(config, vocab_size=vocab_size, device=device, fuse_weight_gradients=fuse)
         dtype = host_config.params_dtype
         overlap = config.parallel.overlap
         wrapped = DistributedDataParallel(
@@ -212,13 +214,16 @@ class MegatronEngine:
         return {name: fragments.local(value) for name, value in batch.items()}, FragmentParams.of(fragments)
 
 
-def build_stage(config: Config, *, vocab_size: int, device: torch.device) -> tuple[TransformerConfig, GPTModel]:
+def build_stage(
+    config: Config, *, vocab_size: int, device: torch.device, fuse_weight_gradients: bool = False
+) -> tuple[TransformerConfig, GPTModel]:
     """Megatron's configuration, and this rank's pipeline stage on its device.
 
     Args:
         config: the run.
         vocab_size: tokens of the vocabulary, before padding.
         device: of this rank.
+        fuse_weight_gradients: linear layers add to the float32 buffers of Megatron's DDP, see `fuses_weight_gradients`.
     """
     host_config = transformer_config(
         config.model,
@@ -226,6 +231,7 @@ def build_stage(config: Config, *, vocab_size: int, device: torch.device) -> tup
         dtype=DTYPES[config.training.precision],
         # The loss of a step is the mean over its tokens, however they fall into micro-batches and ranks.
         calculate_per_token_loss=True,
+        gradient_accumulation_fusion=fuse_weight_gradients,
         **host_options(config.fp8),
         **_recompute(config.training.recompute),
     )

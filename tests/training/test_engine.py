@@ -1,5 +1,7 @@
 """Training steps at other layouts equal those of one process: losses, gradient norms and final weights."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -179,6 +181,41 @@ def test_micro_batches_do_not_change_the_step(one_process):
     for size in (1, 4):
         [result] = pool(1).run(train_steps, run_config(training=dict(micro_batch_size=size)), groups={})
         compare(result, one_process)
+
+
+class StandIn:
+    """Apex's fused_weight_gradient_mlp_cuda in PyTorch: adds a product to a float32 buffer; counts its calls."""
+
+    calls = 0
+
+    @classmethod
+    def wgrad_gemm_accum_fp32(cls, total_input, grad_output, main_grad):
+        cls.calls += 1
+        main_grad.add_(grad_output.flatten(0, -2).float().mT @ total_input.flatten(0, -2).float())
+
+
+def train_with_stand_in(config) -> tuple[dict, int]:
+    """Steps on a device that is taken for one with CUDA, and calls of the extension."""
+    from megatron.core.tensor_parallel import layers
+
+    from megatron_gdn.training import engine
+
+    StandIn.calls = 0
+    with (
+        mock.patch.object(layers, "fused_weight_gradient_mlp_cuda", StandIn, create=True),
+        mock.patch.object(layers, "_grad_accum_fusion_available", True),
+        mock.patch.object(engine, "fuses_weight_gradients", lambda device: True),
+    ):
+        result = train_steps(config)
+    return result, StandIn.calls
+
+
+def test_fused_weight_gradients_change_nothing(one_process):
+    """Every linear layer adds its weight's gradient itself, in every micro-batch; DDP must not add it again."""
+    [(result, calls)] = pool(1).run(train_with_stand_in, run_config(), groups={})
+    compare(result, one_process)
+    linears = 3 * 3 + 2 + 4 * 2 + 1  # Gated DeltaNet, attention, MLPs, the output layer
+    assert calls == linears * STEPS * SAMPLES // 2
 
 
 def test_bf16_follows_fp32(one_process):
