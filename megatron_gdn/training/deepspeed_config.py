@@ -34,7 +34,8 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.clip_grad,
         "bf16": {"enabled": training.precision == "bf16"},
         "zero_optimization": zero,
-        # AdamW of PyTorch, with groups of parameters as Megatron makes them.
+        # AdamW of PyTorch, with groups of parameters as Megatron makes them; offloaded states are updated by it too, as
+        # DeepSpeed's own CPU Adam is compiled for minutes when it is first used.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -56,6 +57,10 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
     if total not in ("auto", training.global_batch_size):
         problems.append(f"train_batch_size: {total} there, {training.global_batch_size} in the recipe")
     merged = _merge(ours, users, "", problems)
+    if engine.offload_optimizer and merged["zero_force_ds_cpu_optimizer"]:
+        problems.append(
+            "zero_force_ds_cpu_optimizer: true there, and PyTorch's AdamW updates offloaded states: use false"
+        )
     if problems:
         raise ConfigError(
             f"engine.deepspeed_config ({path}) disagrees with the recipe:\n  "

@@ -59,6 +59,16 @@ def test_training_equals_the_engine_megatron(one_process, layout, stage):
         assert_same_training(found, one_process)
 
 
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_states_on_the_cpu_change_nothing(one_process, stage):
+    """Offloading on a machine whose device is the CPU: DeepSpeed's path of it, with PyTorch's AdamW."""
+    config = deepspeed(stage)
+    config.engine.offload_optimizer = True
+    for found in pool(2).run(train_steps, config, groups={}):
+        assert_same_training(found, one_process)
+
+
 def two_steps(config, folder: str, *, resume: bool) -> dict:
     """Steps 0 and 1 with a checkpoint behind them, or steps 2 and 3 from the checkpoint there."""
     from megatron_gdn.training.checkpoint import CheckpointStore
@@ -174,6 +184,19 @@ def test_a_user_s_configuration_that_disagrees_is_refused(tmp_path, text, messag
     config = deepspeed(1)
     config.engine.deepspeed_config = users_file(tmp_path, text)
     with pytest.raises(ConfigError, match=message):
+        deepspeed_config(config, 2)
+
+
+def test_offloading_is_passed_on_and_wants_pytorch_s_adamw(tmp_path):
+    config = deepspeed(2)
+    config.engine.offload_optimizer = True
+    assert deepspeed_config(config, 2)["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    users = {"zero_optimization": {"offload_optimizer": {"pin_memory": True}}}
+    config.engine.deepspeed_config = users_file(tmp_path, json.dumps(users))
+    merged = deepspeed_config(config, 2)["zero_optimization"]
+    assert merged["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    config.engine.deepspeed_config = users_file(tmp_path, '{"zero_force_ds_cpu_optimizer": true}')
+    with pytest.raises(ConfigError, match=r"true there, and PyTorch's AdamW updates offloaded states: use false"):
         deepspeed_config(config, 2)
 
 
