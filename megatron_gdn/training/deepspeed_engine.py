@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -20,12 +21,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_gdn.config import Config
+from megatron_gdn.config import Config, ConfigError
 from megatron_gdn.optional import require
 from megatron_gdn.training.deepspeed_config import deepspeed_config
 from megatron_gdn.training.engine import MegatronEngine, build_scheduler, build_stage
 from megatron_gdn.training.optimizer import param_groups, sharded_states
 from megatron_gdn.training.packing import Batch
+from megatron_gdn.training.universal import universal_info
 
 logger = logging.getLogger(__name__)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -61,6 +63,10 @@ class _Groups:
     @staticmethod
     def get_model_parallel_world_size() -> int:
         return parallel_state.get_tensor_model_parallel_world_size()
+
+    # The names by which its loader of universal checkpoints asks.
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
     @staticmethod
     def get_data_parallel_group():
@@ -291,12 +297,66 @@ class DeepSpeedEngine(MegatronEngine):
         """Whole parameters inside the block, see the function of this name."""
         return gathered(self.wrapped, self.optimizer.params, modify=modify)
 
+    def save_deepspeed(self, folder: Path, tag: str) -> None:
+        """Write DeepSpeed's own checkpoint, which `deepspeed.checkpoint.ds_to_universal` converts; collective.
+
+        Args:
+            folder: of checkpoints.
+            tag: name of this one.
+
+        Raises:
+            ConfigError: another zero_stage than 1 or 2; a layout whose weights the format cannot hold.
+        """
+        self._check_universal()
+        self.model.universal_checkpoint_info = universal_info(self.model, _Groups.get_model_parallel_world_size())
+        self.wrapped.save_checkpoint(str(folder), tag, client_state={"schedule": self.scheduler.state_dict()})
+
+    def load_universal(self, folder: Path, tag: str) -> None:
+        """Take weights, states, step and schedule of a universal checkpoint; collective.
+
+        DeepSpeed unpickles its files without restriction: load only what you trust.
+
+        Args:
+            folder: of checkpoints.
+            tag: name of this one.
+
+        Raises:
+            ConfigError: another zero_stage than 1 or 2; a layout whose weights the format cannot hold.
+        """
+        self._check_universal()
+        universal_info(self.model, _Groups.get_model_parallel_world_size())
+        self.optimizer._make_states()
+        self.wrapped.reads_universal = True
+        try:
+            _, client_state = self.wrapped.load_checkpoint(str(folder), tag)
+        finally:
+            self.wrapped.reads_universal = False
+        self.scheduler.load_state_dict(client_state["schedule"])
+
+    def _check_universal(self) -> None:
+        stage = self.config.engine.zero_stage
+        if stage not in (1, 2):
+            raise ConfigError(
+                f"engine.zero_stage ({stage}) must be 1 or 2 for DeepSpeed's universal checkpoints: use one of them, "
+                "or the run's own checkpoints, which any stage reads."
+            )
+
 
 def _wrap(model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]):
     """DeepSpeed's engine around a model; what `deepspeed.initialize` does, but for the class."""
     deepspeed = import_deepspeed()
 
     class Engine(deepspeed.DeepSpeedEngine):
+        reads_universal = False
+
+        def load_universal_checkpoint(self) -> bool:
+            return self.reads_universal
+
+        def module_state_dict(self, *args, **kwargs) -> dict[str, Any]:
+            # Megatron's linear layers have an extra state that is None, which the converter takes for a weight.
+            state = super().module_state_dict(*args, **kwargs)
+            return {name: value for name, value in state.items() if value is not None}
+
         def _cast_module_mixed_precision(self, *args, **kwargs):
             # The model has its dtypes, and under bf16 its gates stay in float32.
             pass
