@@ -20,17 +20,17 @@ python -m tools.preprocess.tokenize_corpus --input examples/data/corpus.jsonl.xz
 python -m tools.preprocess.split_dataset "$out/data/all" --shares 95,5 --output-dir "$out/data"
 
 echo "== training, tensor parallelism over 2 processes with sequence parallelism; stops half-way"
-torchrun --standalone --nproc-per-node 2 examples/pretrain.py --config "$recipe" training.exit_after_steps=90
+train="torchrun --standalone --nproc-per-node 2 examples/pretrain.py --config $recipe"
+train="$train data.tokenizer=$out/data/tokenizer"
+$train training.exit_after_steps=90
 
 echo "== training goes on from the checkpoint"
-torchrun --standalone --nproc-per-node 2 examples/pretrain.py --config "$recipe" --resume
+$train --resume
 
 echo "== result"
 python examples/demo_report.py --config "$out/config.yaml"
 
 echo "== Hugging Face folder, and text"
-python -m tools.convert.megatron_to_hf --checkpoint "$out" --output "$out/hf" --format qwen3_5_text \
-    --tokenizer "$out/data/tokenizer"
+python -m tools.convert.megatron_to_hf --checkpoint "$out" --output "$out/hf" --format qwen3_5_text
 python -m tools.convert.verify "$out" "$out/hf" # transformers loads it, and its logits are ours
-python examples/generate.py --checkpoint "$out" --tokenizer "$out/data/tokenizer" --prompt "The server" \
-    --max-new-tokens 40
+python examples/generate.py --checkpoint "$out" --prompt "The server" --max-new-tokens 40

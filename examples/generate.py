@@ -1,6 +1,6 @@
 """Text from a training checkpoint.
 
-    python examples/generate.py --checkpoint runs/mine --tokenizer tokenizer --prompt "The server" --max-new-tokens 60
+    python examples/generate.py --checkpoint runs/mine --prompt "The server" --max-new-tokens 60
 
 Every token runs the whole model over the text so far: right at any length, and meant to look at a model. For serving,
 convert with tools.convert.megatron_to_hf. --temperature 0 takes the most likely token. Ends with 2 for wrong arguments.
@@ -18,6 +18,7 @@ from megatron_gdn.config import ConfigError, load_config, parse_config
 from megatron_gdn.training.inference import load_model, single_process
 from megatron_gdn.training.restricted import UnsafeCheckpointError
 from megatron_gdn.training.setup import Launch, choose_device, ignore_host_warnings, init_distributed, shutdown
+from megatron_gdn.training.tokenizer import tokenizer_beside
 from tools.convert.checkpoint import MegatronCheckpoint
 from tools.convert.errors import ConvertError
 from tools.preprocess.libraries import load_tokenizer
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="step folder, checkpoints folder, or folder of a run")
-    add("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
+    add("--tokenizer", type=Path, help="folder with tokenizer.json; default: the one beside the checkpoint")
     add("--prompt", required=True, help="text to continue")
     add("--config", type=Path, help="recipe; default: the configuration in the checkpoint")
     add("--max-new-tokens", type=int, default=64)
@@ -80,16 +81,21 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     try:
-        tokenizer = load_tokenizer(arguments.tokenizer)
+        checkpoint = MegatronCheckpoint(arguments.checkpoint)
+        folder = arguments.tokenizer or tokenizer_beside(checkpoint.path)
+        if arguments.tokenizer is None and not folder.is_dir():
+            raise ArgumentError(
+                f"--tokenizer is required: there is none in {folder}, where training puts it with data.tokenizer."
+            )
+        tokenizer = load_tokenizer(folder)
         ids = tokenizer.encode(arguments.prompt, add_special_tokens=False).ids
         if not ids:
             raise ArgumentError(f"--prompt ({arguments.prompt!r}) must hold at least one token: write some text.")
         if arguments.temperature < 0 or arguments.top_k < 0 or arguments.max_new_tokens < 1:
             raise ArgumentError("--temperature and --top-k must be at least 0, --max-new-tokens at least 1.")
-        checkpoint = MegatronCheckpoint(arguments.checkpoint)
         if max(ids) >= checkpoint.vocab_size:
             raise ArgumentError(
-                f"--tokenizer ({arguments.tokenizer}) has ids up to {max(ids)} and the model {checkpoint.vocab_size}: "
+                f"--tokenizer ({folder}) has ids up to {max(ids)} and the model {checkpoint.vocab_size}: "
                 "give the one that made its data."
             )
         found = load_config(arguments.config) if arguments.config else parse_config(checkpoint.info["config"])

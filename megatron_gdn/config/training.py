@@ -33,7 +33,8 @@ class DataConfig:
     split: str | None = None
     """Shares of train, validation and test documents, such as "95,5,0", when `validation` is empty."""
     tokenizer: str | None = None
-    """Folder with tokenizer.json, for WebDataset shards."""
+    """Folder of the tokenizer that made the data. Checkpoints take it along; WebDataset shards need its
+    tokenizer.json."""
     text_field: str = "txt"
     """Field of each sample in the shards that holds the text."""
     eod_token: str = "<|endoftext|>"
@@ -57,9 +58,8 @@ class DataConfig:
     def __post_init__(self):
         if len({entry.endswith(".tar") for entry in self.train}) > 1:
             raise ValueError(f"train ({self.train}) must be all prefixes or all .tar shards: tokenize the shards.")
-        if self.streams != (self.tokenizer is not None):
-            rule = "is required by" if self.streams else "must be null without"
-            raise ValueError(f"tokenizer ({self.tokenizer}) {rule} .tar shards in data.train.")
+        if self.streams and self.tokenizer is None:
+            raise ValueError("tokenizer (None) is required by .tar shards in data.train: name its folder.")
         if self.streams and self.split:
             raise ValueError(f"split ({self.split}) must be null with .tar shards: set data.validation to a dataset.")
 

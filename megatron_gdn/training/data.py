@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_gdn.training.indexed import DatasetError, check_dataset
 from megatron_gdn.training.packing import DocumentDataset
 from megatron_gdn.training.streaming import TextShards
+from megatron_gdn.training.tokenizer import tokenizer_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -76,24 +77,32 @@ def split_shares(split: str) -> list[float]:
     return [share / sum(shares) for share in shares]
 
 
-def read_vocabulary(entries: list[str], *, vocab_size: int | None, shards: TextShards | None = None) -> Vocabulary:
+def read_vocabulary(
+    entries: list[str], *, vocab_size: int | None, shards: TextShards | None = None, tokenizer: str | None = None
+) -> Vocabulary:
     """Vocabulary of the datasets, after checking every one of them.
 
     Args:
         entries: prefixes or "weight prefix", of training and validation together.
         vocab_size: as configured; None takes the manifests'.
         shards: text to train on, whose tokenizer counts as that of a dataset.
+        tokenizer: folder of the tokenizer that goes with the run; None: none does.
 
     Raises:
-        DatasetError: a broken dataset, datasets of different tokenizers, a token id outside the vocabulary, or no size
-            anywhere.
+        DatasetError: a broken dataset, datasets of different tokenizers, no tokenizer in its folder, a token id outside
+            the vocabulary, or no size anywhere.
     """
     prefixes = _prefixes(entries)
     manifests = {prefix: check_dataset(prefix).manifest for prefix in prefixes}
     if shards is not None:
-        tokenizer = {"tokenizer_sha256": shards.tokenizer_sha256, "vocab_size": shards.vocab_size}
-        manifests[shards.tokenizer] = tokenizer | {"eod_id": shards.eod_id}
+        facts = {"tokenizer_sha256": shards.tokenizer_sha256, "vocab_size": shards.vocab_size}
+        manifests[shards.tokenizer] = facts | {"eod_id": shards.eod_id}
     tokenizers = {m["tokenizer_sha256"]: prefix for prefix, m in manifests.items() if m}
+    if tokenizer is not None:
+        sha256 = tokenizer_sha256(Path(tokenizer))
+        if sha256 is None:
+            raise DatasetError(f"data.tokenizer ({tokenizer}) must be a folder with tokenizer.json or tokenizer.model.")
+        tokenizers.setdefault(sha256, f"what data.tokenizer ({tokenizer}) makes")
     if len(tokenizers) > 1:
         first, second, *_ = tokenizers.values()
         raise DatasetError(

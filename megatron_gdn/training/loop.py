@@ -22,6 +22,7 @@ from megatron_gdn.training.metrics import MetricWriter, ProgressLine, StepTimer
 from megatron_gdn.training.setup import Launch, choose_device, init_distributed, shutdown
 from megatron_gdn.training.state import TrainState
 from megatron_gdn.training.streaming import StreamedDataset, TextShards, find_shards
+from megatron_gdn.training.tokenizer import keep_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +49,14 @@ def pretrain(config: Config, *, resume: bool = False) -> None:
     shards, entries = None, config.data.train + config.data.validation
     if config.data.streams:
         shards, entries = find_shards(config.data), config.data.validation
-    vocabulary = read_vocabulary(entries, vocab_size=config.model.vocab_size, shards=shards)
+    tokenizer = config.data.tokenizer
+    vocabulary = read_vocabulary(entries, vocab_size=config.model.vocab_size, shards=shards, tokenizer=tokenizer)
     output_dir = Path(config.run.output_dir)
     if launch.rank == 0:
         check_output_dir(output_dir, config, resume=resume)
     with OutputLock(output_dir, enabled=launch.rank == 0):
+        if launch.rank == 0 and tokenizer is not None:
+            keep_tokenizer(Path(tokenizer), output_dir / "checkpoints")
         device = choose_device(config, launch)
         init_distributed(config, launch, device)
         try:

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 # Optimizer states are stored per parameter, so any other layout can read them.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
-_ORDER_OF_DATA = ("train", "split", "documents", "tokenizer", "text_field", "eod_token")
-"""Fields that determine what a step trains on."""
+_ORDER_OF_DATA = ("train", "split", "documents", "text_field", "eod_token")
+"""Fields that determine what a step trains on; the tokenizer counts by its hash, in the data's key."""
 
 
 @dataclass(kw_only=True)

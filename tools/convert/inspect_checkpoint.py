@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from megatron_gdn.training.restricted import UnsafeCheckpointError, read_metadata
+from megatron_gdn.training.tokenizer import tokenizer_files
 from tools.convert.architecture import Architecture
 from tools.convert.checkpoint import MegatronCheckpoint
 from tools.convert.conversion import Source
@@ -24,7 +25,6 @@ from tools.convert.errors import ConvertError
 from tools.convert.formats import FORMATS, choose_format, read_architecture, read_folder_config
 from tools.convert.lit_gpt import LitGptFile
 from tools.convert.safetensors_io import SafetensorsFolder
-from tools.convert.tokenizer import tokenizer_files
 
 
 def inspect(path: Path) -> dict[str, Any]:

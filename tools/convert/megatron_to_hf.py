@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from megatron_gdn.training.restricted import UnsafeCheckpointError
+from megatron_gdn.training.tokenizer import tokenizer_beside, tokenizer_files
 from tools.convert.architecture import check_shapes
 from tools.convert.checkpoint import MegatronCheckpoint
 from tools.convert.conversion import (
@@ -33,7 +34,7 @@ from tools.convert.errors import ConvertError
 from tools.convert.formats import FORMATS, Format, choose_format, lines_of
 from tools.convert.mapping import check_complete
 from tools.convert.safetensors_io import Planned, parse_size, plan_shards, shard_names, write_index, write_shard
-from tools.convert.tokenizer import check_tokenizer, copy_tokenizer, tokenizer_files
+from tools.convert.tokenizer import check_tokenizer, copy_tokenizer
 
 
 class Export:
@@ -57,7 +58,7 @@ class Export:
         check_complete(links, ours=checkpoint.keys())
         check_shapes(self.architecture, {key: checkpoint.shape(key) for key in checkpoint.keys()})
         self.conversion = Conversion(links, checkpoint, to="theirs", dtype=dtype, vocab_size=checkpoint.vocab_size)
-        beside = checkpoint.path.parent / "tokenizer"
+        beside = tokenizer_beside(checkpoint.path)
         self.tokenizer = beside if tokenizer is None and beside.is_dir() else tokenizer
         if self.tokenizer is not None:
             if not tokenizer_files(self.tokenizer):

@@ -4,18 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+from megatron_gdn.training.tokenizer import tokenizer_files
 from tools.convert.errors import ConvertError
-
-_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json"),
-    "generation_config.json",
-)
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """Files of a tokenizer that a folder has; nothing that could be code."""
-    return [folder / name for name in _FILES if (folder / name).is_file()]
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:
