@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from megatron_gdn.config import parse_config
 from tests.hybrid import plain
+from tools.convert import forward, megatron_to_hf, verify
+from tools.convert.checkpoint import MegatronCheckpoint
 
 CHECKOUT, FIRST_STEP = "MEGATRON_LM_CHECKOUT", "MEGATRON_GDN_TEST_FIRST_STEP"
 STEPS, LAYERS, TOKENS, VOCABULARY = 6, 6, 72, 128
@@ -60,6 +62,21 @@ def options(name: str) -> list[str]:
     return ["--spec", "megatron_gdn.hybrid.layer_specs", name, *found, *text.split()]
 
 
+def pretrain(checkout: Path, folder: Path, *arguments: str, processes: int) -> tuple[list[float], dict]:
+    """Run the script; the losses that it prints, and what it computed in the first step."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*launch, "-m", "tests.hybrid.megatron_lm_on_cpu", str(checkout), *arguments]
+    environment = os.environ | {
+        FIRST_STEP: str(folder / "first.pt"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    losses = [float(found) for found in re.findall(r"lm loss: (\S+) \|", done.stdout + done.stderr)]
+    return losses, torch.load(folder / "first.pt", weights_only=True)
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "name, layout",
@@ -72,20 +89,8 @@ def options(name: str) -> list[str]:
 )
 def test_pretrain_gpt_trains_the_specs(checkout, tmp_path, name, layout):
     """Losses fall, and the first is that of the plain float64 model on the same weights and tokens."""
-    processes = 2 if layout else 1
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*launch, "-m", "tests.hybrid.megatron_lm_on_cpu", str(checkout), *options(name), *layout]
-    environment = os.environ | {
-        FIRST_STEP: str(tmp_path / "first.pt"),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]),
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-5000:]
-    losses = [float(found) for found in re.findall(r"lm loss: (\S+) \|", done.stdout + done.stderr)]
+    losses, first = pretrain(checkout, tmp_path, *options(name), *layout, processes=2 if layout else 1)
     assert len(losses) == STEPS and losses[-1] < losses[0] - 0.5, losses
-
-    first = torch.load(tmp_path / "first.pt", weights_only=True)
     model = parse_config(
         {
             "run": {"output_dir": "unused"},
@@ -112,3 +117,20 @@ def test_pretrain_gpt_trains_the_specs(checkout, tmp_path, name, layout):
         expected.append(reference)
     if "--use-distributed-optimizer" not in layout:  # whose other rank has other batches
         assert losses[0] == pytest.approx(float(torch.cat(expected).mean()), rel=1e-5)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["gdn_h1", "gdn_h2"])
+def test_checkpoint_of_pretrain_gpt_is_exported(checkout, tmp_path, name):
+    """Its arguments say what the model is; weights that do not move are those of the losses."""
+    still = "--train-iters 1 --lr 0 --min-lr 0 --weight-decay 0 --save-interval 1 --ckpt-format torch_dist".split()
+    _, first = pretrain(checkout, tmp_path, *options(name), *still, "--save", str(tmp_path / "saved"), processes=1)
+    found = MegatronCheckpoint(tmp_path / "saved")
+    assert "".join(found.architecture.symbols) == (PATTERNS[name].replace("-", "") * LAYERS)[:LAYERS]
+    for tokens, _, labels, losses in first["batches"]:
+        *_, logits = forward.hidden_states(found.architecture, found.read, tokens)
+        ours = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        assert (ours - losses.flatten()).abs().max() < 2e-5 * ours.max()  # two programs in float32
+    command = ["--checkpoint", str(tmp_path / "saved"), "--output", str(tmp_path / "hf")]
+    assert megatron_to_hf.main(command) == 0
+    assert verify.main([str(tmp_path / "saved"), str(tmp_path / "hf")]) == 0

@@ -19,8 +19,10 @@ from tests.training.test_engine import run_config
 from tools.convert import hf_to_megatron, lit_gpt_to_megatron, megatron_to_hf, own, verify
 from tools.convert.architecture import Architecture, expected_shapes
 from tools.convert.checkpoint import MegatronCheckpoint
+from tools.convert.errors import ConvertError
 from tools.convert.formats import REFUSED, choose_format, read_architecture
 from tools.convert.lit_gpt import TABLE as LIT_GPT
+from tools.convert.megatron_lm import SPECS, architecture_of_args
 
 PURE = dict(pattern="G-G-", linear_num_key_heads=2, linear_num_value_heads=4)
 
@@ -338,17 +340,41 @@ def args_of(described: Architecture, **changes) -> argparse.Namespace:
         (dict(rotary_interleaved=True), r"rotary_interleaved \(True\) must be False"),
         (dict(normalization="LayerNorm"), r"normalization \(LayerNorm\) must be RMSNorm"),
         (dict(mtp_num_layers=1), r"mtp_num_layers \(1\) must be None"),
+        (
+            dict(spec=["mine", "gdn"]),
+            r"spec \(mine gdn\) must be megatron_gdn.hybrid.layer_specs with one of gdn, gdn_h1",
+        ),
+        (dict(spec=["local"]), r"spec \(local \) must be"),
         (dict(window_size=(4, 4), window_attn_skip_freq=None, linear_attention_freq=2), r"window_size \(\(4, 4\)\)"),
     ],
 )
 def test_arguments_of_megatron_lm_without_an_equal_are_refused(change, message):
-    from tools.convert.errors import ConvertError
-    from tools.convert.megatron_lm import architecture_of_args
-
     described = checkpoints.architecture(checkpoints.QWEN)
     assert architecture_of_args(vars(args_of(described))).model.pattern == "G-G-*-"
     with pytest.raises(ConvertError, match=message):
         architecture_of_args(vars(args_of(described, **change)))
+
+
+def patterns_of_specs() -> dict[str, str]:
+    from megatron_gdn.hybrid import layer_specs
+
+    return {name: getattr(layer_specs, name).params["pattern"] for name in SPECS}
+
+
+def test_arguments_of_this_projects_specs():
+    """tests/hybrid/test_pretrain_gpt.py does the same with Megatron-LM itself, where there is a checkout."""
+    [patterns] = pool(1).run(patterns_of_specs, groups={})
+    mamba = dict(mamba_num_heads=4, mamba_head_dim=8, mamba_state_dim=16, mamba_num_groups=2)
+    for name, pattern in patterns.items():
+        described = checkpoints.architecture(checkpoints.FLA | dict(full_attention={}, zero_centered_norm=True))
+        args = args_of(
+            described, spec=["megatron_gdn.hybrid.layer_specs", name], window_size=None, num_layers=6, **mamba
+        )
+        found = architecture_of_args(vars(args))
+        assert found.model.pattern == (pattern * 6)[: 2 * 6] and not found.zero_centered_out_norm
+        assert "S" not in found.symbols or found.model.sliding_attention.window == 2048
+        if "M" in found.symbols:
+            assert {key: getattr(found.model, key) for key in mamba} == mamba
 
 
 # ---- lit_gpt

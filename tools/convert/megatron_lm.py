@@ -123,6 +123,10 @@ _ONLY = {
     "apply_residual_connection_post_layernorm": (False,),
 }
 _VARIANTS = ("gated_delta_net", "gdn")
+_SPEC_MODULE = "megatron_gdn.hybrid.layer_specs"
+SPECS = {"gdn": "G", "gdn_h1": "GS", "gdn_h2": "MGS"}
+"""Layers of this project's specs, by the name that Megatron-LM's --spec gives; they repeat."""
+_MAMBA = ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups")
 
 
 def architecture_of_args(args: dict[str, Any]) -> Architecture:
@@ -138,7 +142,11 @@ def architecture_of_args(args: dict[str, Any]) -> Architecture:
         if args.get(name) is not None and args[name] not in possible:
             raise ConvertError(f"{name} ({args[name]}) must be {possible[0]}: this project has no equal of it.")
     variant = args.get("experimental_attention_variant") or args.get("linear_attention_type")
-    if variant not in _VARIANTS:
+    if spec := args.get("spec"):
+        module, name = [*spec, ""][:2]
+        if module != _SPEC_MODULE or name not in SPECS:
+            raise ConvertError(f"spec ({module} {name}) must be {_SPEC_MODULE} with one of {', '.join(SPECS)}.")
+    elif variant not in _VARIANTS:
         raise ConvertError(f"experimental_attention_variant ({variant}) must be gated_delta_net.")
     try:
         return _architecture(args)
@@ -150,15 +158,11 @@ def architecture_of_args(args: dict[str, Any]) -> Architecture:
 
 def _architecture(args: dict[str, Any]) -> Architecture:
     number, zero_centered = args["num_layers"], bool(args.get("apply_layernorm_1p"))
-    linear = _frequency(args["linear_attention_freq"], number)
-    # is_layer_window_attention: every layer, every one but each n-th, or by a list.
-    size, skip = args.get("window_size"), args.get("window_attn_skip_freq")
-    windowed = [size is not None] * number
-    if size is not None and isinstance(skip, int):
-        windowed = [(i + 1) % skip != 0 for i in range(number)]
-    elif size is not None and skip is not None:
-        windowed = [bool(found) for found in skip]
-    symbols = ["G" if linear[i] else "S" if windowed[i] else "*" for i in range(number)]
+    size = args.get("window_size")
+    if own := args.get("spec"):
+        symbols, size = [SPECS[own[1]][i % len(SPECS[own[1]])] for i in range(number)], size or (2047, 0)
+    else:
+        symbols = _symbols(args, number)
     options = dict(
         rope=args.get("position_embedding_type", "rope") == "rope",
         rotary_percent=args.get("rotary_percent", 1.0),
@@ -183,6 +187,7 @@ def _architecture(args: dict[str, Any]) -> Architecture:
         rotary_base=args.get("rotary_base", 10000),
         full_attention=options,
         zero_centered_norm=zero_centered,
+        **({name: args[name] for name in _MAMBA} if "M" in symbols else {}),
         norm_epsilon=args["norm_epsilon"] if "norm_epsilon" in args else args["layernorm_epsilon"],
         tie_embeddings=not args.get("untie_embeddings_and_output_weights"),
     )
@@ -192,7 +197,21 @@ def _architecture(args: dict[str, Any]) -> Architecture:
             raise ConvertError(f"window_size ({tuple(size)}) must be (window - 1, 0).")
         fields["sliding_attention"] = options | dict(window=left + 1)
     model = TypeAdapter(ModelConfig).validate_python(fields)
-    return Architecture(model=model, experts=_experts(args), zero_centered_out_norm=zero_centered)
+    # This project's layers, which --spec names, store the norm of their output as it is.
+    return Architecture(model=model, experts=_experts(args), zero_centered_out_norm=zero_centered and not own)
+
+
+def _symbols(args: dict[str, Any], number: int) -> list[str]:
+    """Of the layers of Megatron's own Gated DeltaNet."""
+    linear = _frequency(args["linear_attention_freq"], number)
+    # is_layer_window_attention: every layer, every one but each n-th, or by a list.
+    size, skip = args.get("window_size"), args.get("window_attn_skip_freq")
+    windowed = [size is not None] * number
+    if size is not None and isinstance(skip, int):
+        windowed = [(i + 1) % skip != 0 for i in range(number)]
+    elif size is not None and skip is not None:
+        windowed = [bool(found) for found in skip]
+    return ["G" if linear[i] else "S" if windowed[i] else "*" for i in range(number)]
 
 
 def _experts(args: dict[str, Any]) -> Experts | None:
