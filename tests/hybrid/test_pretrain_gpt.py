@@ -134,3 +134,17 @@ def test_checkpoint_of_pretrain_gpt_is_exported(checkout, tmp_path, name):
     command = ["--checkpoint", str(tmp_path / "saved"), "--output", str(tmp_path / "hf")]
     assert megatron_to_hf.main(command) == 0
     assert verify.main([str(tmp_path / "saved"), str(tmp_path / "hf")]) == 0
+
+
+def test_command_of_the_readme_is_one_of_megatron_lms(checkout):
+    """Its parser knows every option."""
+    command = re.search(r"pretrain_gpt\.py (--spec .*?)\n```", Path("README.md").read_text(), re.DOTALL)[1]
+    program = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1))\n"
+        "from megatron.training.arguments import parse_args\n"
+        "found = parse_args(); print(found.spec, found.num_layers, found.linear_key_head_dim, found.window_size)"
+    )
+    arguments = command.replace("\\\n", " ").split()
+    done = subprocess.run([sys.executable, "-c", program, str(checkout), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "['megatron_gdn.hybrid.layer_specs', 'gdn_h1'] 12 128 (2047, 0)"
