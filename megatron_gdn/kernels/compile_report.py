@@ -49,9 +49,8 @@ _BEGIN, _END = "<!-- compile report -->\n", "<!-- end of compile report -->\n"
 def source_hash() -> str:
     """Of everything that the table depends on, the version of Triton excepted."""
     paths = [_ROOT / (module.replace(".", "/") + ".py") for module in MODULES]
-    paths += [
-        _ROOT / "triton_support" / name for name in ("language.py", "tiles.py", "rows.py", "configs.py", "offline.py")
-    ]
+    shared = ("language.py", "tiles.py", "rows.py", "sequences.py", "configs.py", "offline.py")
+    paths += [_ROOT / "triton_support" / name for name in shared]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()[:16]
 
 

@@ -32,9 +32,11 @@ from megatron_gdn.kernels.backend import resolve_backend
 from megatron_gdn.kernels.causal_conv1d import causal_conv1d_ref, causal_conv1d_update, causal_conv1d_update_ref
 from megatron_gdn.kernels.gated_delta_rule.gate import gated_delta_gate_ref
 from megatron_gdn.kernels.gated_delta_rule.reference import recurrent_gated_delta_rule_ref
+from megatron_gdn.kernels.gated_delta_rule.stretch import affine_map
 from megatron_gdn.kernels.gated_rms_norm import rms_norm_gated_ref
-from megatron_gdn.kernels.l2norm import l2norm_ref
+from megatron_gdn.kernels.l2norm import L2NORM_EPS, l2norm_ref
 from megatron_gdn.kernels.ssd.reference import recurrent_ssd_ref
+from megatron_gdn.kernels.varlen import table_of_batch
 
 # Relative errors that a kernel may have: of outputs and states, of gradients, of gradients of gates (sums of many
 # products of both signs). In 16 bits they are those that fla holds its kernels to; float32 is tf32x3 on tensor cores.
@@ -82,6 +84,8 @@ def rule_checks(device: torch.device, backend: str, *, quick: bool) -> Iterator[
     yield _rule("rule packed", device, backend, B=1, T=sum(lengths), table=packed, **common)
     yield _rule("rule beta < 2", device, backend, B=1, T=length, beta_max=2.0, **common)
     yield _rule("decoding", device, backend, B=3, T=3, recurrent=True, **common)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _fragment(device, backend, dtype=dtype, T=length, H=1, HV=2, K=K, V=V)
 
 
 def _rule(
@@ -136,6 +140,48 @@ def _rule(
         gradients=not recurrent,
         # Entries of T are at most beta: 16 bits round them by up to beta half units, and what is made of them likewise.
         slack=max(1.0, beta_max),
+    )
+
+
+def _fragment(
+    device: torch.device, backend: str, *, dtype: torch.dtype, T: int, H: int, HV: int, K: int, V: int
+) -> Check:
+    """M and S of a fragment, which context parallelism sends: what zeros and what the identity as a state lead to."""
+    normal = _normal(device)
+    inputs = dict(
+        k=normal(1, T, H, K) + 0.5,
+        v=normal(1, T, HV, V),
+        g=F.logsigmoid(2 * normal(1, T, HV) + 1) / T,  # something is left of the state that enters
+        beta=normal(1, T, HV).sigmoid() / 8,
+    )
+
+    def ours(k, v, g, beta):
+        table = table_of_batch(v, None)
+        if backend == "torch":
+            M, S = affine_map(k, v, g=g, beta=beta, table=table, use_qk_l2norm_in_kernel=True)
+            return dict(M=M, S=S)
+        from megatron_gdn.kernels.gated_delta_rule.prepare import prepare
+        from megatron_gdn.kernels.gated_delta_rule.stretch_triton import affine_maps
+
+        prepared = prepare(k, k, g, beta, table=table, l2norm_eps=L2NORM_EPS, negative_eigenvalues=False)
+        return dict(zip("MS", affine_maps(k, v, beta, prepared, table=table), strict=True))
+
+    def reference(k, v, g, beta):
+        options = dict(g=g, beta=beta, use_qk_l2norm_in_kernel=True, output_final_state=True)
+        identity = torch.eye(K, dtype=k.dtype, device=device).expand(1, HV, K, K)
+        _, M = recurrent_gated_delta_rule_ref(k, k, v.new_zeros(1, T, HV, K), initial_state=identity, **options)
+        return dict(M=M, S=recurrent_gated_delta_rule_ref(k, k, v, **options)[1])
+
+    # In its own size M shows roundings that the values of S hide: the bound of gradients, 0.008.
+    return Check(
+        name="fragment",
+        dtype=dtype,
+        function=ours,
+        reference=reference,
+        inputs=inputs,
+        rounded=("k", "v"),
+        gradients=False,
+        slack=1.6,
     )
 
 

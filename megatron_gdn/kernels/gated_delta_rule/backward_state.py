@@ -28,6 +28,7 @@ from torch import Tensor
 from megatron_gdn.kernels.triton_support.configs import Config, architecture, config
 from megatron_gdn.kernels.triton_support.language import dot
 from megatron_gdn.kernels.triton_support.offline import Case
+from megatron_gdn.kernels.triton_support.sequences import locate_sequence
 from megatron_gdn.kernels.triton_support.tiles import load_tile, store_tile, with_unit_stride
 from megatron_gdn.kernels.varlen import CHUNK_SIZE, ChunkTable
 
@@ -133,11 +134,7 @@ def state_gradients_kernel(
     i_nh = tl.program_id(1).to(tl.int64)
     i_n, i_hv = i_nh // HV, i_nh % HV
     i_h = i_hv // GROUP
-    first, last = tl.load(first_chunk + i_n), tl.load(first_chunk + i_n + 1)
-    num_chunks = last - first
-    start = tl.load(chunk_bounds + 2 * first, mask=num_chunks > 0, other=0)
-    end = tl.load(chunk_bounds + 2 * last - 1, mask=num_chunks > 0, other=0)
-    i_b, i_t = (start // num_tokens).to(tl.int64), (start % num_tokens).to(tl.int64)
+    first, num_chunks, i_b, i_t, length = locate_sequence(i_n, first_chunk, chunk_bounds, num_tokens)
     q += i_b * q_b + i_t * q_t + i_h * q_h
     k += i_b * k_b + i_t * k_t + i_h * k_h
     beta += i_b * beta_b + i_t * beta_t + i_hv * beta_h
@@ -150,7 +147,7 @@ def state_gradients_kernel(
     for i in range(num_chunks):
         i_in = (num_chunks - 1 - i).to(tl.int64)
         i_ch = (first + i_in) * HV + i_hv
-        num_rows = (end - start - i_in * C).to(tl.int32)
+        num_rows = (length - i_in * C).to(tl.int32)
         m_c = o_c < num_rows
         b_q = load_tile(q + i_in * C * q_t, o_c, o_k, q_t, num_rows, K, True, MK)
         b_k = load_tile(k + i_in * C * k_t, o_c, o_k, k_t, num_rows, K, True, MK)

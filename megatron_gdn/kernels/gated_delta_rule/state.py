@@ -16,7 +16,18 @@ from megatron_gdn.kernels.gated_delta_rule.prepare import DTYPES, SHIPPED, Prepa
 from megatron_gdn.kernels.triton_support.configs import architecture, config, config_name
 from megatron_gdn.kernels.triton_support.language import dot, store
 from megatron_gdn.kernels.triton_support.offline import Case, strides
+from megatron_gdn.kernels.triton_support.sequences import locate_sequence
 from megatron_gdn.kernels.varlen import CHUNK_SIZE, ChunkTable
+
+
+@triton.jit
+def advance_state(b_S, b_k, b_v, b_beta, b_T, b_G, total, b_rk, DTYPE: tl.constexpr):
+    """U of a chunk, and the state after it; total: the last of G, b_rk: what normalises the rows of k."""
+    b_R = b_beta[:, None] * (b_v.to(tl.float32) - (tl.exp2(b_G) * b_rk)[:, None] * dot(b_k, b_S, DTYPE))
+    # Padded rows have beta = 0 and T = identity: U is 0 there.
+    b_U = dot(b_T, b_R, DTYPE)
+    b_write = tl.exp2(total - b_G) * b_rk
+    return b_U, b_S * tl.exp2(total) + dot(tl.trans(b_k), b_write[:, None] * b_U, DTYPE)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -62,11 +73,7 @@ def state_kernel(
     i_v, i_h = i % NUM_V, i // NUM_V % HV
     i_hk = i_h // (HV // H)
     i_n = tl.load(order + i // (NUM_V * HV))
-    first, last = tl.load(first_chunk + i_n), tl.load(first_chunk + i_n + 1)
-    # A sequence lies in one row, so that only its first token and its end are looked up.
-    start = tl.load(chunk_bounds + 2 * first, mask=first < last, other=0)
-    end = tl.load(chunk_bounds + 2 * last - 1, mask=first < last, other=0)
-    i_b, i_t = (start // num_tokens).to(tl.int64), (start % num_tokens).to(tl.int64)
+    first, num_chunks, i_b, i_t, length = locate_sequence(i_n, first_chunk, chunk_bounds, num_tokens)
 
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
     m_k, m_v = columns(o_k, K, BK), columns(i_v * BV + o_v, V, BV)
@@ -81,26 +88,22 @@ def state_kernel(
     b_S = tl.zeros([BK, BV], tl.float32)
     if INITIAL:
         b_S = tl.load(initial_state + (i_n * HV + i_h) * K * V + o_s, mask=m_s, other=0.0).to(tl.float32)
-    for j in range(0, last - first):
+    for j in range(0, num_chunks):
         token = i_t + j * C
         i_c = (first + j).to(tl.int64)
         i_r = i_c * HV + i_h
-        m_c = o_c < end - start - j * C
+        m_c = o_c < length - j * C
         b_k = tl.load(p_k + token * stride_kt, mask=m_c[:, None] & m_k[None, :], other=0.0)
         b_v = tl.load(p_v + token * stride_vt, mask=m_c[:, None] & m_v[None, :], other=0.0)
         b_beta = tl.load(p_beta + token * stride_bt, mask=m_c, other=0.0).to(tl.float32)
         b_T = tl.load(T + i_r * C * C + o_T)
         b_G, total = tl.load(G + i_r * C + o_c), tl.load(G + i_r * C + C - 1)
-        b_read, b_write = tl.exp2(b_G), tl.exp2(total - b_G)
+        b_rk = tl.full([C], 1.0, tl.float32)
         if L2NORM:
             b_rk = tl.load(rk + (i_c * H + i_hk) * C + o_c)
-            b_read, b_write = b_read * b_rk, b_write * b_rk
         store(S + i_r * K * V + o_s, b_S, mask=m_s)
-        b_R = b_beta[:, None] * (b_v.to(tl.float32) - b_read[:, None] * dot(b_k, b_S, DTYPE))
-        # Padded rows have beta = 0 and T = identity: U is 0 there, whatever b_write is.
-        b_U = dot(b_T, b_R, DTYPE)
+        b_U, b_S = advance_state(b_S, b_k, b_v, b_beta, b_T, b_G, total, b_rk, DTYPE)
         store(U + i_r * C * V + o_u, b_U, mask=m_v[None, :])
-        b_S = b_S * tl.exp2(total) + dot(tl.trans(b_k), b_write[:, None] * b_U, DTYPE)
     if FINAL:
         tl.store(final_state + (i_n * HV + i_h) * K * V + o_s, b_S, mask=m_s)
 

@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_gdn.kernels.gated_delta_rule.prepare import DTYPES, SHIPPED, Prepared, columns
+from megatron_gdn.kernels.gated_delta_rule.state import advance_state
 from megatron_gdn.kernels.triton_support.configs import architecture, config, config_name
-from megatron_gdn.kernels.triton_support.language import dot
 from megatron_gdn.kernels.triton_support.offline import Case, strides
+from megatron_gdn.kernels.triton_support.sequences import locate_sequence
 from megatron_gdn.kernels.varlen import CHUNK_SIZE, ChunkTable
 
 
@@ -56,10 +57,7 @@ def affine_map_kernel(
     i_block, i_h = i % NUM, i // NUM % HV
     i_hk = i_h // (HV // H)
     i_n = tl.load(order + i // (NUM * HV))
-    first, last = tl.load(first_chunk + i_n), tl.load(first_chunk + i_n + 1)
-    start = tl.load(chunk_bounds + 2 * first, mask=first < last, other=0)
-    end = tl.load(chunk_bounds + 2 * last - 1, mask=first < last, other=0)
-    i_b, i_t = (start // num_tokens).to(tl.int64), (start % num_tokens).to(tl.int64)
+    first, num_chunks, i_b, i_t, length = locate_sequence(i_n, first_chunk, chunk_bounds, num_tokens)
 
     of_S = i_block < NUM_V
     o_c, o_k = tl.arange(0, C), tl.arange(0, BK)
@@ -71,23 +69,20 @@ def affine_map_kernel(
     o_T = o_c[:, None] * C + o_c[None, :]
 
     b_S = tl.where((o_k[:, None] == o_v[None, :]) & m_M[None, :], 1.0, 0.0)
-    for j in range(0, last - first):
+    for j in range(0, num_chunks):
         token = i_t + j * C
         i_c = (first + j).to(tl.int64)
         i_r = i_c * HV + i_h
-        m_c = o_c < end - start - j * C
+        m_c = o_c < length - j * C
         b_k = tl.load(p_k + token * stride_kt, mask=m_c[:, None] & m_k[None, :], other=0.0)
         b_v = tl.load(p_v + token * stride_vt, mask=m_c[:, None] & m_v[None, :], other=0.0)
         b_beta = tl.load(p_beta + token * stride_bt, mask=m_c, other=0.0).to(tl.float32)
         b_T = tl.load(T + i_r * C * C + o_T)
         b_G, total = tl.load(G + i_r * C + o_c), tl.load(G + i_r * C + C - 1)
-        b_read, b_write = tl.exp2(b_G), tl.exp2(total - b_G)
+        b_rk = tl.full([C], 1.0, tl.float32)
         if L2NORM:
             b_rk = tl.load(rk + (i_c * H + i_hk) * C + o_c)
-            b_read, b_write = b_read * b_rk, b_write * b_rk
-        b_R = b_beta[:, None] * (b_v.to(tl.float32) - b_read[:, None] * dot(b_k, b_S, DTYPE))
-        b_U = dot(b_T, b_R, DTYPE)
-        b_S = b_S * tl.exp2(total) + dot(tl.trans(b_k), b_write[:, None] * b_U, DTYPE)
+        _, b_S = advance_state(b_S, b_k, b_v, b_beta, b_T, b_G, total, b_rk, DTYPE)
     i_nh = i_n * HV + i_h
     tl.store(S + i_nh * K * V + o_k[:, None] * V + o_v[None, :], b_S, mask=m_k[:, None] & m_v[None, :])
     tl.store(M + i_nh * K * K + o_k[:, None] * K + o_v[None, :], b_S, mask=m_k[:, None] & m_M[None, :])

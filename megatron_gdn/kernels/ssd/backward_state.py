@@ -15,6 +15,7 @@ from megatron_gdn.kernels.ssd.prepare import DTYPES, GROUPS, HEADS, SHIPPED, Pre
 from megatron_gdn.kernels.triton_support.configs import architecture, config, config_name
 from megatron_gdn.kernels.triton_support.language import dot
 from megatron_gdn.kernels.triton_support.offline import Case, strides
+from megatron_gdn.kernels.triton_support.sequences import locate_sequence
 from megatron_gdn.kernels.triton_support.tiles import load_tile, store_tile, with_unit_stride
 from megatron_gdn.kernels.varlen import CHUNK_SIZE, ChunkTable
 
@@ -55,10 +56,7 @@ def state_gradients_kernel(
     i = tl.program_id(0).to(tl.int64)
     i_p, i_h = i % NUM_P, i // NUM_P % HEADS
     i_n = tl.load(order + i // (NUM_P * HEADS))
-    first, last = tl.load(first_chunk + i_n), tl.load(first_chunk + i_n + 1)
-    start = tl.load(chunk_bounds + 2 * first, mask=first < last, other=0)
-    end = tl.load(chunk_bounds + 2 * last - 1, mask=first < last, other=0)
-    i_b, i_t = (start // num_tokens).to(tl.int64), (start % num_tokens).to(tl.int64)
+    first, num_chunks, i_b, i_t, length = locate_sequence(i_n, first_chunk, chunk_bounds, num_tokens)
 
     o_c, o_n, o_p = tl.arange(0, ROWS), tl.arange(0, BN), i_p * BP + tl.arange(0, BP)
     C += i_b * stride_Cb + i_h // (HEADS // GROUPS) * stride_Cg
@@ -66,9 +64,9 @@ def state_gradients_kernel(
     b_dS = tl.zeros([BN, BP], tl.float32)
     if HAS_DFINAL:
         b_dS = load_tile(dfinal + (i_n * HEADS + i_h) * N * P, o_n, o_p, P, N, P, MN, MP).to(tl.float32)
-    for i_back in range(0, last - first):
-        j = last - first - 1 - i_back
-        token, num_rows = i_t + j * ROWS, end - start - j * ROWS
+    for i_back in range(0, num_chunks):
+        j = num_chunks - 1 - i_back
+        token, num_rows = i_t + j * ROWS, length - j * ROWS
         i_r = (first + j).to(tl.int64) * HEADS + i_h
         b_C = load_tile(C + token * stride_Ct, o_c, o_n, stride_Ct, num_rows, N, True, MN)
         b_dy = load_tile(dy + token * stride_yt, o_c, o_p, stride_yt, num_rows, P, True, MP)

@@ -16,6 +16,7 @@ from megatron_gdn.kernels.ssd.prepare import DTYPES, GROUPS, HEADS, SHIPPED, Pre
 from megatron_gdn.kernels.triton_support.configs import architecture, config, config_name
 from megatron_gdn.kernels.triton_support.language import dot
 from megatron_gdn.kernels.triton_support.offline import Case, strides
+from megatron_gdn.kernels.triton_support.sequences import locate_sequence
 from megatron_gdn.kernels.triton_support.tiles import load_tile, store_tile
 from megatron_gdn.kernels.varlen import CHUNK_SIZE, ChunkTable
 
@@ -60,11 +61,7 @@ def state_kernel(
     i = tl.program_id(0).to(tl.int64)
     i_p, i_h = i % NUM_P, i // NUM_P % HEADS
     i_n = tl.load(order + i // (NUM_P * HEADS))
-    first, last = tl.load(first_chunk + i_n), tl.load(first_chunk + i_n + 1)
-    # A sequence lies in one row, so that only its first token and its end are looked up.
-    start = tl.load(chunk_bounds + 2 * first, mask=first < last, other=0)
-    end = tl.load(chunk_bounds + 2 * last - 1, mask=first < last, other=0)
-    i_b, i_t = (start // num_tokens).to(tl.int64), (start % num_tokens).to(tl.int64)
+    first, num_chunks, i_b, i_t, length = locate_sequence(i_n, first_chunk, chunk_bounds, num_tokens)
 
     o_c, o_n, o_p = tl.arange(0, ROWS), tl.arange(0, BN), i_p * BP + tl.arange(0, BP)
     x += i_b * stride_xb + i_h * stride_xh
@@ -74,8 +71,8 @@ def state_kernel(
     if INITIAL:
         p_initial = initial_state + (i_n * HEADS + i_h) * N * P
         b_S = load_tile(p_initial, o_n, o_p, P, N, P, MN, MP).to(tl.float32)
-    for j in range(0, last - first):
-        token, num_rows = i_t + j * ROWS, end - start - j * ROWS
+    for j in range(0, num_chunks):
+        token, num_rows = i_t + j * ROWS, length - j * ROWS
         i_r = (first + j).to(tl.int64) * HEADS + i_h
         b_x = load_tile(x + token * stride_xt, o_c, o_p, stride_xt, num_rows, P, True, MP)
         b_B = load_tile(B + token * stride_Bt, o_c, o_n, stride_Bt, num_rows, N, True, MN)
