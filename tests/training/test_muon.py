@@ -107,6 +107,35 @@ def test_each_head_of_each_section_is_orthogonal_on_its_own():
             torch.testing.assert_close(after.double(), scale * by_svd(before), rtol=0, atol=1e-4, msg=name)
 
 
+def filled_up(dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random update of two heads of 8 rows (columns) and 5 that fill the weight up, and what it becomes."""
+    from megatron.core import parallel_state
+
+    from megatron_gdn.training.muon import Layout, Matrices, Muon
+
+    weight = torch.nn.Parameter(torch.randn((21, 40) if dim == 0 else (40, 21)))
+    part = Matrices(num_rows=16, count=2 if dim == 0 else 1, matrix_rows=8 if dim == 0 else 16)
+    layout = Layout(dim=dim, parts=(part,))
+    optimizer = Muon(
+        [{"params": [weight]}], [layout], lr=0.1, momentum=0.9, nesterov=True, coefficients=COEFFICIENTS, num_steps=5,
+        scale="original", dtype=torch.float32, tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+    )  # fmt: skip
+    update = torch.randn(weight.shape)
+    return update, optimizer.orthogonal(update, layout)
+
+
+def test_rows_that_fill_a_weight_up_get_no_update():
+    """As FP8 wants them (`row_multiple`), behind the heads."""
+    [(update, found)] = pool(1).run(filled_up, 0, groups={})
+    for head in (slice(0, 8), slice(8, 16)):
+        torch.testing.assert_close(found[head].double(), by_svd(update[head]), rtol=0, atol=1e-4)
+    assert torch.equal(found[16:], torch.zeros(5, 40))
+    [(update, found)] = pool(1).run(filled_up, 1, groups={})
+    torch.testing.assert_close(found[:, :16].double(), by_svd(update[:, :16]), rtol=0, atol=1e-4)
+    assert torch.equal(found[:, 16:], torch.zeros(40, 5))
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 and later")
 @pytest.mark.parametrize("scale", ["match_rms_adamw", "original"])
 @pytest.mark.parametrize("nesterov", [True, False])

@@ -11,7 +11,7 @@ import torch
 
 from tests.ranks import pool
 from tests.training.test_deepspeed import assert_same_training, groups
-from tests.training.test_engine import VOCABULARY, run_config, run_steps, stored_weights, train_steps
+from tests.training.test_engine import SAMPLES, VOCABULARY, run_config, run_steps, stored_weights, train_steps
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="extra deepspeed")
 H2 = dict(mamba_num_heads=4, mamba_head_dim=8, mamba_state_dim=16, mamba_num_groups=2)
@@ -40,9 +40,9 @@ def last_steps(config, folder: str) -> dict:
     """Two steps more from the universal checkpoint."""
     engine = build(config)
     engine.load_universal(Path(folder), "universal")
-    rate = engine.learning_rate
+    assert engine.scheduler.num_steps == 2 * SAMPLES  # where the schedule is; the rate hardly moves in two steps
     losses, norms = run_steps(engine, range(2, 4))
-    return dict(losses=losses, norms=norms, rate=rate, weights=stored_weights(engine.model))
+    return dict(losses=losses, norms=norms, weights=stored_weights(engine.model))
 
 
 def convert(folder: Path) -> None:
