@@ -34,6 +34,7 @@ from megatron_gdn.config import DataConfig
 from megatron_gdn.optional import require
 from megatron_gdn.training.indexed import DatasetError
 from megatron_gdn.training.packing import Batch, keep_apart
+from megatron_gdn.training.tokenizer_json import read_tokenizer, vocabulary_size
 
 _BATCH_DOCUMENTS = 64
 _TAR_END = bytes(1024)  # a tar file ends with two empty records
@@ -92,10 +93,9 @@ def find_shards(data: DataConfig) -> TextShards:
                 raise DatasetError(f"{path} is not a whole tar file (its end is missing): copy it again.")
     file = Path(data.tokenizer) / "tokenizer.json"
     try:
-        content = file.read_bytes()
-        loaded = Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises plain Exception
-        raise DatasetError(f"{file} cannot be read as a tokenizer ({error}): name the folder of one.") from error
+        loaded = read_tokenizer(file)
+    except ValueError as error:
+        raise DatasetError(f"{error}: name the folder of one.") from error
     eod_id = loaded.token_to_id(data.eod_token)
     if eod_id is None:
         raise DatasetError(f"data.eod_token ({data.eod_token}) must be a token of {file}: name one that it has.")
@@ -104,8 +104,8 @@ def find_shards(data: DataConfig) -> TextShards:
         tokenizer=data.tokenizer,
         field=data.text_field,
         eod_id=eod_id,
-        vocab_size=max(loaded.get_vocab(with_added_tokens=True).values()) + 1,
-        tokenizer_sha256=hashlib.sha256(content).hexdigest(),
+        vocab_size=vocabulary_size(loaded),
+        tokenizer_sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
     )
 
 
@@ -206,9 +206,7 @@ class StreamedDataset(Dataset):
     def encode(self, path: str, first: int, step: int) -> Iterator[np.ndarray]:
         """Token ids of every `step`-th document of a shard, counted from `first`, with the end-of-document id."""
         if self._tokenizer is None:  # in the process that reads
-            self._tokenizer = Tokenizer.from_file(str(Path(self._shards.tokenizer) / "tokenizer.json"))
-            self._tokenizer.no_truncation()
-            self._tokenizer.no_padding()
+            self._tokenizer = read_tokenizer(Path(self._shards.tokenizer) / "tokenizer.json")
             # The text of a special token is text: an end of document in the middle would be a false bound.
             self._tokenizer.encode_special_tokens = True
         batch: list[str] = []

@@ -125,6 +125,8 @@ def train_tokenizer(corpus: Path, folder: Path) -> Path:
 
 
 def ours(source: Path, tokenizer: Path, prefix: Path, *options: str) -> list[str]:
+    if source.parent.name == "one":  # two units, so that both workers start
+        options = (*options, "--unit-mb", str((source.stat().st_size // 2 + 1) / 1e6))
     return [
         *TOKENIZE, "--input", str(source), "--tokenizer", str(tokenizer), "--output-prefix", str(prefix),
         "--workers", "2", *options,
@@ -171,10 +173,19 @@ def candidates(arguments) -> dict:
     if arguments.datatrove:
         found["datatrove MegatronDocumentTokenizer"] = (
             arguments.slow_mb,
-            lambda s, t, p: [arguments.datatrove, str(_script(p)), str(s.parent), str(t), str(p)],
+            lambda s, t, p: [arguments.datatrove, str(_script(p)), str(_halves(s)), str(t), str(p)],
             {},
         )
     return found
+
+
+def _halves(source: Path) -> Path:
+    """A folder with the lines in two files: datatrove's unit of work is the file."""
+    folder, lines = source.parent / "halves", source.read_bytes().splitlines(keepends=True)
+    folder.mkdir(exist_ok=True)
+    for i in range(2):
+        (folder / f"{i}.jsonl").write_bytes(b"".join(lines[i::2]))
+    return folder
 
 
 def _script(prefix: Path) -> Path:
@@ -185,7 +196,7 @@ def _script(prefix: Path) -> Path:
 
 
 def throughput(arguments, folder: Path) -> dict:
-    """Tokens per CPU second and per second of every candidate, in turns; start-up is that of an input of one line."""
+    """Tokens per CPU second and per second of every candidate, in turns; start-up is that of an input of two lines."""
     tokenizer = train_tokenizer(arguments.corpus, arguments.tokenizer)
     plan, tokens = candidates(arguments), {}
     sources = {}
@@ -196,7 +207,8 @@ def throughput(arguments, folder: Path) -> dict:
         manifest = json.loads((folder / f"count{megabytes:g}.json").read_text())
         tokens[megabytes] = manifest["tokens"]
     (folder / "one").mkdir()
-    one = head_of(arguments.corpus, 1e-6, folder / "one/corpus.jsonl")
+    one = folder / "one/corpus.jsonl"
+    one.write_bytes(b'{"text": "one"}\n' * 2)
     times: dict = {name: [] for name in plan}
     for repeat in range(arguments.repeats):
         for name, (megabytes, command, environ) in plan.items():
@@ -222,6 +234,7 @@ def _rates(times: list, tokens: int, megabytes: float) -> dict:
         "start_cpu_s": round(start_cpu, 2),
         "start_wall_s": round(start_wall, 2),
         "mtokens_per_cpu_s_after_start": round(tokens / 1e6 / max(cpu - start_cpu, 1e-3), 3),
+        "mtokens_per_wall_s_after_start": round(tokens / 1e6 / max(wall - start_wall, 1e-3), 3),
         "mtokens_per_cpu_s": round(tokens / 1e6 / cpu, 3),
         "mtokens_per_wall_s": round(tokens / 1e6 / wall, 3),
         "peak_rss_mb": round(max(t[1]["rss_mb"] for t in times)),
@@ -242,8 +255,8 @@ def _ratios(rows: dict) -> dict:
     ratios = {}
     for name, (a, b) in pairs.items():
         if a in rows and b in rows:
-            kinds = ("mtokens_per_cpu_s_after_start", "mtokens_per_cpu_s", "mtokens_per_wall_s")
-            ratios[name] = {kind: round(rows[a][kind] / rows[b][kind], 2) for kind in kinds}
+            kinds = [kind for kind in rows[a] if kind.startswith("mtokens")]
+            ratios[name] = {kind.removeprefix("mtokens_"): round(rows[a][kind] / rows[b][kind], 2) for kind in kinds}
     return {"ratios": ratios}
 
 
@@ -402,11 +415,12 @@ def main() -> int:
     parser.add_argument("--kill-after-s", type=float, default=6.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--save", action="store_true", help="append to tests/bench/results/")
+    parser.add_argument("--note", help="what the numbers hold for, in the entry")
     arguments = parser.parse_args()
     if arguments.name == "corpus":
         build_corpus(arguments.text, arguments.output)
         return 0
-    before = environment()
+    before = environment() | ({"note": arguments.note} if arguments.note else {})
     with tempfile.TemporaryDirectory() as folder:
         entry = before | BENCHMARKS[arguments.name](arguments, Path(folder))
     entry["load_average_after"] = round(os.getloadavg()[0], 1)

@@ -40,7 +40,7 @@ if __name__ == "__main__":
             MegatronDocumentTokenizer(prefix, tokenizer_name_or_path=tokenizer + "/tokenizer.json",
                                       eos_token="<|endoftext|>"),
         ],
-        tasks=1, workers=1, logging_dir=prefix + ".logs", skip_completed=False,
+        tasks=2, workers=2, logging_dir=prefix + ".logs", skip_completed=False,
     ).run()
 """
 

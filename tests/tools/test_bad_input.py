@@ -209,9 +209,14 @@ def test_no_document_left_is_an_error(tokenizer, tmp_path, capsys):
 def test_disk_that_fails_is_not_a_broken_file(good, tokenizer, tmp_path, capsys, monkeypatch):
     """A disk or a network that fails under --on-error skip must not leave out a good file."""
     from tools.preprocess import readers
+    from tools.preprocess.sources import open_source
+
+    (good / "b.jsonl").write_bytes(json_lines(["on the part of the disk that fails"]))
 
     def failing(path):
-        raise OSError(5, "Input/output error", path)
+        if path.endswith("b.jsonl"):
+            raise OSError(5, "Input/output error", path)
+        return open_source(path)
 
     monkeypatch.setattr(readers, "open_source", failing)
     assert tokenize(good / "*", tokenizer, tmp_path / "out", "--on-error", "skip") == 1

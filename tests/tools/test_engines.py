@@ -11,11 +11,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from tests.tools.test_tokenize_corpus import changed_tokenizer
 from tests.tools.texts import TEXTS, dataset_bytes, json_lines, manifest_of, tokenize
-from tools.preprocess import inspect_dataset, shards
+from tools.preprocess import inspect_dataset, shards, tokenize_corpus
 from tools.preprocess.characters import AlikeCharacters, byte_letters
 from tools.preprocess.difficult_texts import difficult_texts
 from tools.preprocess.encode import Gigatoken, SpecialTokens, choose_engine
-from tools.preprocess.libraries import Tokens, open_tokenizer
+from tools.preprocess.libraries import open_tokenizer
 
 # Llama 3's and GPT-4's, which many tokenizers use.
 PATTERN = (
@@ -87,8 +87,7 @@ def test_characters_of_new_unicode_versions(llama3_like, tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     reference = open_tokenizer(str(tmp_path))
     found = Gigatoken(reference).encode([*texts, "plain"])
-    expected = Tokens.of_each([tokenizer.encode(text).ids for text in [*texts, "plain"]])
-    assert found.lengths.tolist() == expected.lengths.tolist() and found.ids.tolist() == expected.ids.tolist()
+    assert [list(ids) for ids in found] == [tokenizer.encode(text).ids for text in [*texts, "plain"]]
 
 
 def test_cache_of_the_fast_engine_is_bounded(tokenizer):
@@ -110,9 +109,7 @@ def test_gigatoken_equals_tokenizers(tokenizer, llama3_like):
         texts = TEXTS + difficult_texts(reference.added_tokens)
         expected = [reference.model.encode(text, add_special_tokens=False).ids for text in texts]
         found = Gigatoken(reference).encode(texts)
-        assert np.split(found.ids, np.cumsum(found.lengths)[:-1])[0].tolist() == expected[0]
-        assert found.lengths.tolist() == list(map(len, expected))
-        assert found.ids.tolist() == sum(expected, [])
+        assert [list(ids) for ids in found] == expected
         assert choose_engine(reference, "auto", TEXTS)[0] == "gigatoken"
 
 
@@ -219,8 +216,7 @@ def test_engine_that_errs_later_is_caught(corpus, tokenizer, tmp_path, capsys, m
 
     class Wrong(Gigatoken):
         def encode(self, texts):
-            tokens = super().encode(texts)
-            return Tokens(np.where(tokens.ids == tokens.ids[0], 5, tokens.ids), tokens.lengths)
+            return [np.where(ids == ids[0], 5, ids) for ids in super().encode(texts)]
 
     monkeypatch.setattr(shards, "Gigatoken", Wrong)
     shards._encoder.cache_clear()
@@ -230,11 +226,25 @@ def test_engine_that_errs_later_is_caught(corpus, tokenizer, tmp_path, capsys, m
     assert not (tmp_path / "out.bin").exists()
 
 
+def test_tokenizer_that_changes_meanwhile(corpus, tokenizer, tmp_path, capsys, monkeypatch):
+    """Between the main process, which writes its hash, and one that tokenizes with it."""
+    other = changed_tokenizer(tokenizer, tmp_path / "tokenizer", lambda settings: None)
+
+    def choose(*arguments):
+        (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
+        return choose_engine(*arguments)
+
+    monkeypatch.setattr(tokenize_corpus, "choose_engine", choose)
+    assert tokenize(corpus, other, tmp_path / "out") == 1
+    assert f"{other} changed while it was used: start again" in capsys.readouterr().err
+    assert not (tmp_path / "out.bin").exists()
+
+
 def test_special_tokens_are_found_as_by_search():
-    tokens = ["<|a|>", "<|b|>", "</s>", "[x]", "Z"]
-    finder = SpecialTokens(tokens)
-    for text in ("", "<|", "a <|b|> c", "</s", "x</s>", "[x", "[x]", "plain", "Zebra", "<|a|b|>"):
-        assert (finder.find(text) is not None) == any(token in text for token in tokens), text
+    for tokens in (["<|a|>", "<|b|>", "</s>", "[x]", "Z"], ["<|a|>", "<|b|>"], ["</s>", "<s>"], ["Z"], []):
+        finder = SpecialTokens(tokens)
+        for text in ("", "<|", "a <|b|> c", "</s", "x</s>", "[x", "[x]", "plain", "Zebra", "<|a|b|>"):
+            assert (finder.find(text) is not None) == any(token in text for token in tokens), text
 
 
 def test_wrong_tiktoken_folder(corpus, tmp_path, capsys):

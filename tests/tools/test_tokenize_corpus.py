@@ -22,7 +22,7 @@ from tools.preprocess import merge_datasets
 from tools.preprocess.encode import Gigatoken
 from tools.preprocess.indexed import Output, sha256_of
 from tools.preprocess.libraries import load_tokenizer
-from tools.preprocess.sources import find_sources, plan_units, units_of_shard
+from tools.preprocess.sources import Source, default_unit_bytes, find_sources, plan_units, units_of_shard
 
 ROOT = Path(__file__).parents[2]
 
@@ -127,6 +127,13 @@ def test_shards_merged_equal_one_run(corpus, tokenizer, tmp_path):
     one = manifest_of(tmp_path / "one")
     del one["fingerprint"]
     assert manifest_of(tmp_path / "merged") == one
+
+
+@pytest.mark.parametrize("total, unit_bytes", [(0, 250_000), (16e6, 250_000), (64e6, 1_000_000), (4e9, 32_000_000)])
+def test_units_are_a_64th_of_the_input(total, unit_bytes):
+    """Of all files together, within bounds that a slow engine and a kill set."""
+    part = Source(path="a.jsonl", kind="jsonl", compression="", num_bytes=int(total) // 4, version="")
+    assert default_unit_bytes([part] * 4) == unit_bytes
 
 
 def test_shards_have_about_the_same_size(tmp_path):
@@ -271,6 +278,7 @@ def test_special_tokens_in_text_as_told(tokenizer, tmp_path, engine):
         ),
         (["--eod-token", "<end>"], "--eod-token (<end>) must be a token of"),
         (["--output-prefix", "/"], "--output-prefix (/) must not be a folder"),
+        (["--output-prefix", "/proc/none/a"], "--output-prefix (/proc/none/a) cannot be written: name a folder that"),
         (["--text-key", "a", "a"], "--text-key (a a) must name every key once"),
     ],
 )

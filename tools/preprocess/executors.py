@@ -5,14 +5,14 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
 from megatron_gdn.optional import require
-from tools.preprocess.shards import Specification, tokenize_unit
+from tools.preprocess.shards import Specification, prepare, tokenize_unit
 from tools.preprocess.sources import InputError, Unit
 
 # What a worker imports anyway.
@@ -29,11 +29,81 @@ def run_here(units: list[Unit], specification: Specification, folder: Path) -> R
         yield i, tokenize_unit(unit, specification, folder)
 
 
-def prepare_pool() -> None:
-    """Start the process that workers are forked from; it imports what they need while this one does something else.
+class Pool:
+    """Processes of this machine; a context manager, whose end waits for what they do.
 
-    A fork of this process itself would have its threads' locks.
+    A server forks them, which imports what they need while this process does something else. A fork of this process
+    itself would have the locks of its threads.
+
+    Args:
+        workers: processes.
+        threads: of `tokenizers` in each.
     """
+
+    def __init__(self, workers: int, *, threads: int = 1):
+        self._workers, self._threads = workers, threads
+        self._interrupted, self._starting = threading.Event(), False
+
+    def __enter__(self) -> "Pool":
+        self._before = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._interrupt)
+        _start_server()
+        context = multiprocessing.get_context("forkserver")
+        self._executor = ProcessPoolExecutor(
+            self._workers, mp_context=context, initializer=_start_worker, initargs=(self._threads,)
+        )
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._executor.shutdown(cancel_futures=True)
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def prepare(self, specification: Specification) -> None:
+        """Let every process make ready for a specification that is likely to come."""
+        for _ in range(self._workers):
+            self._submit(prepare, specification)
+
+    def run(self, units: list[Unit], specification: Specification, folder: Path) -> Results:
+        """Position and record of each unit as they are done.
+
+        Raises:
+            InputError: a process was killed.
+        """
+        pending, waiting = {}, iter(enumerate(units))
+        try:
+            while True:
+                while len(pending) < self._workers * _AHEAD and (following := next(waiting, None)):
+                    i, unit = following
+                    pending[self._submit(tokenize_unit, unit, specification, folder)] = i
+                if not pending:
+                    return
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    yield pending.pop(future), future.result()
+        except BrokenProcessPool as error:
+            if self._interrupted.is_set():  # Control-C reached the workers too, and was lost in a callback here
+                raise KeyboardInterrupt from None
+            raise InputError("a worker process was killed, perhaps for its memory: use fewer --workers.") from error
+
+    def _submit(self, *task) -> Future:
+        """Control-C waits meanwhile: a process that is started by half would say that its other half is gone."""
+        self._starting = True
+        try:
+            return self._executor.submit(*task)
+        finally:
+            self._starting = False
+            if self._interrupted.is_set():
+                raise KeyboardInterrupt
+
+    def _interrupt(self, *_) -> None:
+        self._interrupted.set()
+        if not self._starting:
+            raise KeyboardInterrupt
+
+
+def _start_server() -> None:
+    resource_tracker.ensure_running()  # by itself the server starts it, and it would let Control-C through again
     # Control-C waits until a worker can end without a word; `_start_worker` lets it through.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -41,46 +111,6 @@ def prepare_pool() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def run_pool(units: list[Unit], specification: Specification, folder: Path, workers: int) -> Results:
-    """Position and record of each unit as they are done, by processes of this machine.
-
-    Raises:
-        InputError: a process was killed.
-    """
-    prepare_pool()
-    context = multiprocessing.get_context("forkserver")
-    interrupted = threading.Event()
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT)
-
-    def interrupt(*_) -> None:
-        interrupted.set()
-        raise KeyboardInterrupt
-
-    if in_main:
-        signal.signal(signal.SIGINT, interrupt)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        pending, waiting = {}, iter(enumerate(units))
-        try:
-            while True:
-                while len(pending) < workers * _AHEAD and (following := next(waiting, None)):
-                    i, unit = following
-                    pending[pool.submit(tokenize_unit, unit, specification, folder)] = i
-                if not pending:
-                    return
-                for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    yield pending.pop(future), future.result()
-        except BrokenProcessPool as error:
-            if interrupted.is_set():  # Control-C reached the workers too, and the exception was lost in a callback
-                raise KeyboardInterrupt from None
-            raise InputError("a worker process was killed, perhaps for its memory: use fewer --workers.") from error
-        finally:
-            if in_main:
-                signal.signal(signal.SIGINT, before)
-            for future in pending:
-                future.cancel()
 
 
 def run_ray(units: list[Unit], specification: Specification, folder: Path) -> Results:
@@ -93,7 +123,8 @@ def run_ray(units: list[Unit], specification: Specification, folder: Path) -> Re
     started = not ray.is_initialized()
     if started:
         root = str(Path(__file__).parents[2])
-        ray.init(logging_level="warning", runtime_env={"env_vars": {"PYTHONPATH": root}})
+        environ = {"PYTHONPATH": root, "TOKENIZERS_PARALLELISM": "false"}
+        ray.init(logging_level="warning", runtime_env={"env_vars": environ})
     try:
         task = ray.remote(num_cpus=1)(_tokenize_in)
         common = ray.put(specification)
@@ -118,11 +149,13 @@ def _tokenize_in(cwd: str, unit: Unit, specification: Specification, folder: Pat
     return tokenize_unit(unit, specification, folder)
 
 
-def _start_worker() -> None:
+def _start_worker(threads: int) -> None:
     """End with the process that started this one: a worker of a killed parent would wait for tasks for ever."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the main process says what happened
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if threads > 1:
+        os.environ |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(threads)}
 
 
 def _end_with_parent() -> None:

@@ -125,7 +125,7 @@ def length_counts(files: IndexedFiles) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_histogram(files: IndexedFiles, path: Path) -> None:
-    """Documents and tokens by the document's length, as a PNG."""
+    """Documents by their length, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

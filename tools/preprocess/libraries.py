@@ -5,40 +5,16 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from megatron_gdn.optional import require
+from megatron_gdn.training.tokenizer_json import read_tokenizer, vocabulary_size
 from tools.preprocess.sources import ArgumentError
 
-
-class Tokens(NamedTuple):
-    """Token ids of some texts.
-
-    ids: one after the other, [sum(lengths)] of an integer dtype.
-    lengths: tokens of each text, [texts] int64.
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
-
-    @classmethod
-    def of_each(cls, parts: list[np.ndarray] | list[list[int]]) -> "Tokens":
-        """From the ids of each text."""
-        lengths = np.fromiter(map(len, parts), np.int64, len(parts))
-        ids = np.empty(lengths.sum(), np.int32)
-        end = 0
-        for part in parts:
-            begin, end = end, end + len(part)
-            ids[begin:end] = part
-        return cls(ids, lengths)
-
-    def replaced(self, others: dict[int, np.ndarray]) -> "Tokens":
-        """With other ids for some texts, by position."""
-        parts = np.split(self.ids, np.cumsum(self.lengths)[:-1])
-        return Tokens.of_each([others.get(i, part) for i, part in enumerate(parts)])
+# Token ids of a text, of any integer dtype or as a list.
+Ids = np.ndarray | list[int]
 
 
 class HuggingFaceTokenizer:
@@ -53,7 +29,7 @@ class HuggingFaceTokenizer:
     library = "tokenizers"
 
     def __init__(self, folder: Path):
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallel over processes, not over threads in each
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # but where a pool gives its processes threads
         self.model = load_tokenizer(folder)
         self.file = folder / "tokenizer.json"
         self.sha256 = hashlib.sha256(self.file.read_bytes()).hexdigest()
@@ -67,9 +43,9 @@ class HuggingFaceTokenizer:
         self.vocab_size = vocabulary_size(self.model)
         self._eos = _eos_token(folder)
 
-    def encode(self, texts: list[str]) -> Tokens:
-        """Ids without the tokenizer's own beginning and end; special tokens in the text become their ids."""
-        return Tokens.of_each([e.ids for e in self.model.encode_batch_fast(texts, add_special_tokens=False)])
+    def encode(self, texts: list[str]) -> list[Ids]:
+        """Ids of each text, without the tokenizer's own beginning and end; special tokens in it become their ids."""
+        return [e.ids for e in self.model.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_as_text(self, text: str) -> list[int]:
         """Ids of a text whose special tokens are plain text."""
@@ -116,9 +92,9 @@ class SentencePieceTokenizer:
         control = [i for i in range(self.vocab_size) if self.model.is_control(i)]
         self.special_tokens = {self.model.id_to_piece(i): i for i in control}
 
-    def encode(self, texts: list[str]) -> Tokens:
-        """Ids; SentencePiece never reads a control token from text."""
-        return Tokens.of_each(self.model.encode(texts, out_type=int, num_threads=1))
+    def encode(self, texts: list[str]) -> list[Ids]:
+        """Ids of each text; SentencePiece never reads a control token from text."""
+        return self.model.encode(texts, out_type=int, num_threads=1)
 
     def encode_as_text(self, text: str) -> list[int]:
         return self.model.encode(text, out_type=int)
@@ -189,9 +165,8 @@ class TiktokenTokenizer:
             special_tokens={str(name): int(i) for name, i in settings["special_tokens"].items()},
         )
 
-    def encode(self, texts: list[str]) -> Tokens:
-        batch = self.model.encode_batch(texts, num_threads=1, allowed_special=self._allowed, disallowed_special=())
-        return Tokens.of_each(batch)
+    def encode(self, texts: list[str]) -> list[Ids]:
+        return self.model.encode_batch(texts, num_threads=1, allowed_special=self._allowed, disallowed_special=())
 
     def encode_as_text(self, text: str) -> list[int]:
         return self.model.encode_ordinary(text)
@@ -253,17 +228,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             "Hugging Face."
         )
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise ArgumentError(f"{path} cannot be read as a tokenizer ({error}): save it again.") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest id, which a vocabulary with gaps has above its number of tokens."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        return read_tokenizer(path)
+    except ValueError as error:
+        raise ArgumentError(f"{error}: save it again.") from error
 
 
 def _has_json(path: Path) -> bool:

@@ -126,7 +126,8 @@ class UnitReader:
                 if end < 0:
                     continue
                 block, dropping = block[end + 1 :], False
-            lines = (rest + block).split(b"\n")
+            lines = block.split(b"\n")
+            lines[0] = rest + lines[0]
             rest = lines.pop()
             batch = self._parse(lines)
             if len(rest) > self._limit:

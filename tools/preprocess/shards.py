@@ -1,5 +1,6 @@
 """One unit of input to one small dataset: a pure function, so that any process of any scheduler can run it."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -15,7 +16,7 @@ import numpy as np
 
 from tools.preprocess.encode import Gigatoken, SpecialTokens, engine_version
 from tools.preprocess.indexed import IndexedWriter, optimal_dtype, sha256_of, write_json
-from tools.preprocess.libraries import Tokens, open_tokenizer
+from tools.preprocess.libraries import Ids, open_tokenizer
 from tools.preprocess.readers import Batch, DamagedError, Problem, UnitReader
 from tools.preprocess.sources import InputError, Unit
 
@@ -119,6 +120,12 @@ def tokenize_unit(unit: Unit, specification: Specification, folder: Path) -> dic
     return record | {"resumed": False, "rss_mb": _rss_mb()}
 
 
+def prepare(specification: Specification) -> None:
+    """Make ready to tokenize by a specification, which may still turn out not to work."""
+    with contextlib.suppress(ValueError, ImportError):
+        _encoder(specification)
+
+
 class _Encoder:
     """Encodes batches by a specification; lives as long as its process."""
 
@@ -138,24 +145,18 @@ class _Encoder:
         """Ids and lengths of the documents, and bytes of their texts; what gives no document joins batch.problems."""
         texts, numbers = batch.texts, batch.numbers
         escaped = self._take_special(batch)
-        tokens = self._engine.encode(texts)
-        num_bytes = sum(map(len, map(str.encode, texts)))
+        parts = self._engine.encode(texts)
+        num_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
         self._unchecked += num_bytes
         if texts and self._engine is not self._reference and self._unchecked >= _CHECKED_EVERY:
-            self._check(texts[0], tokens, place)
+            self._check(texts[0], parts[0], place)
             self._unchecked = 0
-        if escaped:
-            tokens = tokens.replaced(escaped)
-        ids, lengths = tokens.ids.astype(self._dtype), tokens.lengths
-        if not lengths.all():
-            for i in np.flatnonzero(lengths == 0):
-                problem = Problem("no_token", numbers[i], "the tokenizer makes no token of the text.")
-                batch.problems.append(problem)
-            lengths = lengths[lengths > 0]
-        if self._specification.eod_id is not None:
-            ids = np.insert(ids, np.cumsum(lengths), self._specification.eod_id)
-            lengths = lengths + 1
-        return ids, lengths, num_bytes
+        for i, ids in escaped.items():
+            parts[i] = ids
+        for number, ids in zip(numbers, parts, strict=True):
+            if not len(ids):
+                batch.problems.append(Problem("no_token", number, "the tokenizer makes no token of the text."))
+        return *join([ids for ids in parts if len(ids)], self._dtype, self._specification.eod_id), num_bytes
 
     def _take_special(self, batch: Batch) -> dict[int, list[int]]:
         """Handle texts with special tokens: refuse them, or give the ids of the ones to escape, by position."""
@@ -178,15 +179,33 @@ class _Encoder:
             batch.numbers[:] = [number for i, number in enumerate(batch.numbers) if i not in refused]
         return escaped
 
-    def _check(self, text: str, tokens: Tokens, place: str) -> None:
+    def _check(self, text: str, ids: Ids, place: str) -> None:
         """Compare the first text of a batch with the reference; a long one by its beginning, encoded apart."""
         part = text[:_CHECKED_CHARACTERS]
-        found = tokens.ids[: tokens.lengths[0]] if part == text else self._engine.encode([part]).ids
-        if not self._special.find(part) and not np.array_equal(self._reference.encode([part]).ids, found):
+        found = ids if part == text else self._engine.encode([part])[0]
+        if not self._special.find(part) and not np.array_equal(self._reference.encode([part])[0], found):
             raise InputError(
                 f"gigatoken gives other ids than {self._reference.library} for the text that begins {text[:40]!r} in "
                 f"{place}: use --engine reference, and report it to gigatoken."
             )
+
+
+def join(parts: list[Ids], dtype: np.dtype, end: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Documents one after the other, of the dtype, and the tokens of each, int64.
+
+    Args:
+        end: id that is put after each; None for none.
+    """
+    lengths = np.fromiter(map(len, parts), np.int64, len(parts)) + (end is not None)
+    joined = np.empty(lengths.sum(), dtype)
+    begin = 0
+    for part in parts:
+        joined[begin : begin + len(part)] = part
+        begin += len(part)
+        if end is not None:
+            joined[begin] = end
+            begin += 1
+    return joined, lengths
 
 
 @functools.lru_cache(maxsize=1)

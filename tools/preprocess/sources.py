@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 
 KINDS = {".jsonl": "jsonl", ".txt": "txt", ".parquet": "parquet", ".tar": "tar"}
 COMPRESSIONS = {".gz": "gz", ".xz": "xz", ".zst": "zst"}
+# Slow engines take half a second for the least, and a kill costs seconds of the fast one at most.
+_MIN_UNIT_BYTES, _MAX_UNIT_BYTES = 250_000, 32_000_000
 FORMATS = ".jsonl, .txt, .tar, each also .gz, .xz or .zst, and .parquet"
 
 
@@ -97,6 +99,11 @@ def find_sources(patterns: list[str]) -> list[Source]:
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ArgumentError(f"--input names {twice} twice: name every file once.")
     return sources
+
+
+def default_unit_bytes(sources: list[Source]) -> int:
+    """A 64th of the input, so that many workers end together; the same for every shard and number of workers."""
+    return min(max(sum(source.num_bytes for source in sources) // 64, _MIN_UNIT_BYTES), _MAX_UNIT_BYTES)
 
 
 def plan_units(sources: list[Source], unit_bytes: int) -> list[Unit]:
