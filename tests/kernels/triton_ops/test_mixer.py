@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_gdn.kernels import gated_delta_mixer, prepare_chunk_table
+from megatron_gdn.kernels import chunk_gated_delta_rule, gated_delta_mixer, prepare_chunk_table
+from megatron_gdn.kernels.gated_delta_rule import prepare as stage_prepare
 from megatron_gdn.kernels.gated_delta_rule.inputs_triton import inputs
 from megatron_gdn.kernels.gated_delta_rule.prepare import prepare
 from megatron_gdn.kernels.l2norm import L2NORM_EPS
 from megatron_gdn.kernels.varlen import table_of_batch
-from tests.kernels.data import bounds, loss, rms_error
+from tests.kernels.data import bounds, loss, rms_error, rule_inputs
 
 # float32: chains of ten sums of up to hundreds of terms; gradients of gates and their parameters are sums of products
 # of both signs. 16 bits: q, k, v, o and their gradients are each rounded on their way, to 2^-9 in bfloat16.
@@ -133,3 +134,33 @@ def test_errors():
         call(A_log=given["A_log"].bfloat16())
     with pytest.raises(ValueError, match=r"width \(5\) must be 2, 3 or 4 for backend triton"):
         call(conv_weight=torch.zeros(64, 5))
+
+
+class Recorder:
+    """A kernel that notes how precisely each launch solves a chunk."""
+
+    def __init__(self, kernel):
+        self.kernel, self.seen = kernel, []
+
+    def __getitem__(self, grid):
+        def launch(*tensors, **options):
+            self.seen.append(options["PRECISION"])
+            self.kernel[grid](*tensors, **options)
+
+        return launch
+
+
+@pytest.mark.parametrize(
+    "dtype, negative, precision",
+    [(torch.bfloat16, False, "tf32"), (torch.bfloat16, True, "tf32x3"), (torch.float32, False, "tf32x3")],
+)
+def test_negative_eigenvalues_are_solved_with_more_digits(monkeypatch, dtype, negative, precision):
+    """The interpreter always computes with all digits, so results do not show that the option reaches the kernel."""
+    recorder = Recorder(stage_prepare.prepare_kernel)
+    monkeypatch.setattr(stage_prepare, "prepare_kernel", recorder)
+    tensors, options = layer(T=3)
+    given = {n: x.float() if n in ("A_log", "dt_bias") else x.to(dtype) for n, x in tensors.items()}
+    gated_delta_mixer(**given, **options, allow_neg_eigval=negative, backend="triton")
+    rule = {n: x.to(dtype if n in "qkv" else torch.float32) for n, x in rule_inputs(1, 3, 1, 2, 16, 16).items()}
+    chunk_gated_delta_rule(**rule, allow_neg_eigval=negative, backend="triton")
+    assert recorder.seen == [precision] * 2
