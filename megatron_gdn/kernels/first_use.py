@@ -124,7 +124,8 @@ def _try_rule(faults, device, dtype, heads, sizes, has_state, eps, negative, nor
         if has_state:
             found["dinitial_state"] = dstate
         if maps:
-            found["M"], found["S"] = affine_maps(k, v, beta, prepared, table=setting.table)
+            with torch.cuda.device_of(v):
+                found["M"], found["S"] = affine_maps(k, v, beta, prepared, table=setting.table)
         return found
 
     def reference() -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Triton kernels compile for GPUs that are not here, within their budgets; the committed table is that of today."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -58,6 +59,17 @@ def test_budgets_are_enforced(monkeypatch):
     assert problem(transposed_products=1).startswith("transposes 1 results of dots")
     monkeypatch.setattr(offline, "compile_case", lambda case, arch: 1 / 0)
     assert "does not compile: ZeroDivisionError" in compile_report.compile_one(("x", "sm_90", 0))["problem"]
+
+
+def test_jitted_functions_have_no_defaults():
+    """Triton 3.6 and older take the default of a constexpr for a plain value: no kernel that relied on one compiled."""
+    found = 0
+    for path in compile_report._ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+                found += 1
+                assert not (node.args.defaults or node.args.kw_defaults), f"{path.name}: {node.name}"
+    assert found > 40
 
 
 def test_interpreted_processes_are_refused():
