@@ -61,14 +61,15 @@ def test_budgets_are_enforced(monkeypatch):
     assert "does not compile: ZeroDivisionError" in compile_report.compile_one(("x", "sm_90", 0))["problem"]
 
 
-def test_jitted_functions_have_no_defaults():
+def test_jitted_functions_have_no_defaults_but_none():
     """Triton 3.6 and older take the default of a constexpr for a plain value: no kernel that relied on one compiled."""
     found = 0
     for path in compile_report._ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
                 found += 1
-                assert not (node.args.defaults or node.args.kw_defaults), f"{path.name}: {node.name}"
+                defaults = [ast.unparse(default) for default in node.args.defaults + node.args.kw_defaults]
+                assert set(defaults) <= {"None"}, f"{path.name}: {node.name}"
     assert found > 40
 
 
