@@ -91,15 +91,19 @@ def test_progress_shows_rates_and_time_left(corpus, tokenizer, tmp_path, monkeyp
     assert re.search(r"100%\|.*\[\d\d:\d\d<00:00, .*B/s, [\d.e+]+ tokens/s, [\d.]+ MB/s of text\]", last), last
 
 
-@pytest.mark.parametrize("workers, unit_bytes", [(1, 1), (1, 61), (1, 5000), (2, 5000), (4, 5000)])
-def test_workers_and_units_do_not_change_the_output(corpus, tokenizer, tmp_path, workers, unit_bytes):
-    """Units of a byte, shorter than a line, and of many lines: every line is read once, wherever the cuts fall."""
+@pytest.mark.parametrize(
+    "workers, unit_bytes, engine",
+    [(1, 1, "auto"), (1, 61, "auto"), (1, 5000, "auto"), (2, 5000, "auto"), (4, 5000, "auto"), (5, 5000, "reference")],
+)
+def test_workers_and_units_do_not_change_the_output(corpus, tokenizer, tmp_path, workers, unit_bytes, engine):
+    """Units of a byte, shorter than a line, and of many lines: every line is read once, wherever the cuts fall; with
+    the reference, two processes of two threads."""
     if unit_bytes < 5000:
         short = tmp_path / "short.jsonl"
         short.write_bytes(b"".join(corpus.read_bytes().splitlines(keepends=True)[:8]))
         corpus = short
     assert tokenize(corpus, tokenizer, tmp_path / "whole") == 0
-    options = ["--workers", str(workers), "--unit-mb", str(unit_bytes / 1e6)]
+    options = ["--workers", str(workers), "--unit-mb", str(unit_bytes / 1e6), "--engine", engine]
     assert tokenize(corpus, tokenizer, tmp_path / "cut", *options) == 0
     assert dataset_bytes(tmp_path / "cut") == dataset_bytes(tmp_path / "whole")
     for source in manifest_of(tmp_path / "cut")["sources"]:
