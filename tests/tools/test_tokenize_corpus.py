@@ -96,8 +96,7 @@ def test_progress_shows_rates_and_time_left(corpus, tokenizer, tmp_path, monkeyp
     [(1, 1, "auto"), (1, 61, "auto"), (1, 5000, "auto"), (2, 5000, "auto"), (4, 5000, "auto"), (5, 5000, "reference")],
 )
 def test_workers_and_units_do_not_change_the_output(corpus, tokenizer, tmp_path, workers, unit_bytes, engine):
-    """Units of a byte, shorter than a line, and of many lines: every line is read once, wherever the cuts fall; with
-    the reference, two processes of two threads."""
+    """Units of a byte, shorter than a line, and of many lines: every line is read once, wherever the cuts fall."""
     if unit_bytes < 5000:
         short = tmp_path / "short.jsonl"
         short.write_bytes(b"".join(corpus.read_bytes().splitlines(keepends=True)[:8]))

@@ -34,14 +34,10 @@ class Pool:
 
     A server forks them, which imports what they need while this process does something else. A fork of this process
     itself would have the locks of its threads.
-
-    Args:
-        workers: processes.
-        threads: of `tokenizers` in each.
     """
 
-    def __init__(self, workers: int, *, threads: int = 1):
-        self._workers, self._threads = workers, threads
+    def __init__(self, workers: int):
+        self._workers = workers
         self._interrupted, self._starting = threading.Event(), False
 
     def __enter__(self) -> "Pool":
@@ -50,9 +46,7 @@ class Pool:
             self._before = signal.signal(signal.SIGINT, self._interrupt)
         _start_server()
         context = multiprocessing.get_context("forkserver")
-        self._executor = ProcessPoolExecutor(
-            self._workers, mp_context=context, initializer=_start_worker, initargs=(self._threads,)
-        )
+        self._executor = ProcessPoolExecutor(self._workers, mp_context=context, initializer=_start_worker)
         return self
 
     def __exit__(self, *error) -> None:
@@ -123,8 +117,7 @@ def run_ray(units: list[Unit], specification: Specification, folder: Path) -> Re
     started = not ray.is_initialized()
     if started:
         root = str(Path(__file__).parents[2])
-        environ = {"PYTHONPATH": root, "TOKENIZERS_PARALLELISM": "false"}
-        ray.init(logging_level="warning", runtime_env={"env_vars": environ})
+        ray.init(logging_level="warning", runtime_env={"env_vars": {"PYTHONPATH": root}})
     try:
         task = ray.remote(num_cpus=1)(_tokenize_in)
         common = ray.put(specification)
@@ -149,13 +142,11 @@ def _tokenize_in(cwd: str, unit: Unit, specification: Specification, folder: Pat
     return tokenize_unit(unit, specification, folder)
 
 
-def _start_worker(threads: int) -> None:
+def _start_worker() -> None:
     """End with the process that started this one: a worker of a killed parent would wait for tasks for ever."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the main process says what happened
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if threads > 1:
-        os.environ |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(threads)}
 
 
 def _end_with_parent() -> None:

@@ -29,7 +29,7 @@ class HuggingFaceTokenizer:
     library = "tokenizers"
 
     def __init__(self, folder: Path):
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # but where a pool gives its processes threads
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallel over processes, not over threads in each
         self.model = load_tokenizer(folder)
         self.file = folder / "tokenizer.json"
         self.sha256 = hashlib.sha256(self.file.read_bytes()).hexdigest()

@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections import Counter, defaultdict
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,15 +125,14 @@ def tokenize(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     units = plan_units(sources, unit_bytes)
     mine = units_of_shard(units, arguments.num_shards, arguments.shard_index)
     workers = min(arguments.workers, len(mine)) if arguments.executor == "local" else 1
-    with ExitStack() as pools:
-        return _tokenize_keys(units, mine, workers, pools, arguments)
+    with Pool(workers) if workers > 1 else nullcontext() as pool:
+        return _tokenize_keys(units, mine, pool, arguments)
 
 
 def _tokenize_keys(
-    units: list[Unit], mine: list[Unit], workers: int, pools: ExitStack, arguments: argparse.Namespace
+    units: list[Unit], mine: list[Unit], pool: Pool | None, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """A dataset of this shard's units for each key; engines are chosen on all units, so alike in every shard."""
-    pool = pools.enter_context(Pool(workers)) if workers > 1 else None
     tokenizer = open_tokenizer(arguments.tokenizer, allow_special=arguments.special_in_text == "allow")
     eod_id = None
     if arguments.append_eod:
@@ -154,15 +153,11 @@ def _tokenize_keys(
             special_in_text=arguments.special_in_text,
             max_document_bytes=int(arguments.max_document_mb * 1e6),
         )
-        if pool and arguments.engine != "reference":
+        if pool:
             pool.prepare(specification)  # while it is found out here whether that engine can be used
         engine, reason = choose_engine(tokenizer, arguments.engine, _sample(units, key, arguments))
         print(f"engine: {engine_version(engine)} ({reason})")
         specification = replace(specification, engine=engine)
-        if pool and engine == "tokenizers":
-            # Its threads share the words that it has seen, and its processes do not: 1.2 times as fast on 2 cores.
-            processes = max(workers // 2, 1)
-            pool = pools.enter_context(Pool(processes, threads=workers // processes))
         prefix = arguments.output_prefix + (f"_{key}" if len(arguments.text_key) > 1 else "")
         if arguments.num_shards > 1:
             prefix += f"-{arguments.shard_index:05d}-of-{arguments.num_shards:05d}"
