@@ -39,6 +39,7 @@ def load_row(p_x, p_state, row, start, end, stride, o_d, m_d, D, WIDTH: tl.const
 
 @triton.jit
 def silu_backward(dy, z, SILU: tl.constexpr):
+    """Gradient of z from that of silu(z), or of z itself."""
     if SILU:
         s = tl.sigmoid(z)
         return dy * s * (1 + z * (1 - s))
@@ -185,6 +186,7 @@ def causal_conv1d_update_kernel(
 
 
 def channels_last(x: Tensor) -> Tensor:
+    """x `[B, T, D]` with neighbouring channels side by side, without a copy where they are."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
