@@ -267,9 +267,9 @@ def test_engine_that_splits_at_other_characters(tokenizer):
         return lambda _: lambda text: [ord(c) + (c == character) for c in text]
 
     characters = AlikeCharacters(settings, reference, engine_that_differs_at("\u00e9"))
-    texts = ["plain", "caf\u00e9", "na\u00efve", "\u00e9", "\u4f60", ""]
+    texts = ["plain", *(text.encode() for text in ("caf\u00e9", "na\u00efve", "\u00e9", "\u4f60")), ""]
     assert characters.others(texts) == characters.others(texts) == [1, 3]
     # Also in a group of characters that were not seen before, and texts with what is known and what is not.
-    assert characters.others(["".join(map(chr, range(0xC0, 0x300))), "\u00eb\u4f60\u00ea"]) == [0]
+    assert characters.others(["".join(map(chr, range(0xC0, 0x300))).encode(), "\u00eb\u4f60\u00ea".encode()]) == [0]
     with pytest.raises(ValueError, match=r"it splits text at \['q'\] in another way"):
         AlikeCharacters(settings, reference, engine_that_differs_at("q"))

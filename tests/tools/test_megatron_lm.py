@@ -11,6 +11,7 @@ from tests.gdn_layer import l2norm_in_torch, replace_in_megatrons_layer
 from tests.ranks import pool
 from tests.tools import checkpoints
 from tools.convert import hf_to_megatron, megatron_to_hf, verify
+from tools.convert.megatron_lm import read_args
 
 TOKENS = 130
 ARGS = dict(
@@ -210,3 +211,18 @@ def test_megatrons_own_layer_reads_what_is_written_for_it(tmp_path):
     [found] = pool(1).run(loaded, tmp_path / "megatron" / "release", groups={})
     *_, theirs = verify.transformers_hidden_states(tmp_path / "hf", "qwen3_next", tokens())
     assert (found - theirs).abs().max() < 1e-4 * theirs.abs().max()  # two programs in float32
+
+
+class _Member:
+    """A member of an enumeration as Python 3.11.0 to 3.11.3 write it."""
+
+    def __reduce__(self):
+        from megatron.core.transformer.enums import AttnBackend
+
+        return getattr, (AttnBackend, "flash")
+
+
+def test_arguments_that_an_early_python_3_11_wrote(tmp_path):
+    torch.save({"args": argparse.Namespace(num_layers=3, attention_backend=_Member())}, tmp_path / "common.pt")
+    found = read_args((tmp_path / "common.pt").read_bytes(), tmp_path / "common.pt")
+    assert found.keys() == {"num_layers", "attention_backend"} and found["num_layers"] == 3

@@ -236,6 +236,31 @@ def poison_common(path, canary):
     torch.save({"step": Payload(canary)}, path / "common.pt")
 
 
+class Attribute:
+    """What Python 3.11.0 to 3.11.3 write for a member of an enumeration; of anything else it could reach code."""
+
+    def __init__(self, holder, name):
+        self.holder, self.name = holder, name
+
+    def __reduce__(self):
+        return getattr, (self.holder, self.name)
+
+
+def test_members_of_enumerations_are_read_and_no_other_attribute(tmp_path):
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
+
+    from megatron_gdn.training.restricted import UnsafeCheckpointError, read_metadata
+
+    for holder, name in ((_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT"), (Metadata, "__init__"), (torch.Size, "mro")):
+        metadata = Metadata(state_dict_metadata={}, planner_data=Attribute(holder, name), storage_data={})
+        (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+        if holder is _MEM_FORMAT_ENCODING:
+            assert read_metadata(tmp_path / ".metadata").planner_data is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
+        else:
+            with pytest.raises(UnsafeCheckpointError, match=f"names getattr.*'{name}'"):
+                read_metadata(tmp_path / ".metadata")
+
+
 def write_poisoned_object(root, canary):
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 

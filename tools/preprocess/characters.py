@@ -37,19 +37,25 @@ class AlikeCharacters:
         if self._different:
             raise ValueError(f"it splits text at {sorted(self._different)} in another way")
 
-    def others(self, texts: list[str]) -> list[int]:
-        """Positions of the texts with a character that is not treated alike."""
-        doubtful, new = [], set()
+    def others(self, texts: list[str | bytes]) -> list[int]:
+        """Positions of the texts with a character that is not treated alike.
+
+        Args:
+            texts: in UTF-8; or as they are, where they hold ASCII only.
+        """
+        doubtful, new = {}, set()
         for i, text in enumerate(texts):
-            if text.isascii():
+            if isinstance(text, str):
                 continue
-            points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+            data = np.frombuffer(text, np.uint8)
+            rest = data[data >= 0x80].tobytes().decode()  # all characters but those of ASCII
+            points = np.frombuffer(rest.encode("utf-32-le"), np.uint32)
             unknown = points[~self._alike[points]]
             if len(unknown):
-                doubtful.append(i)
-                new.update(map(chr, np.unique(unknown).tolist()))
+                doubtful[i] = set(map(chr, np.unique(unknown).tolist()))
+                new |= doubtful[i]
         self._try(sorted(new - self._different))
-        return [i for i in doubtful if not self._different.isdisjoint(texts[i])]
+        return [i for i, characters in doubtful.items() if not self._different.isdisjoint(characters)]
 
     def _try(self, characters: list[str]) -> None:
         for i in range(0, len(characters), _GROUP):

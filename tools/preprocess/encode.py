@@ -49,11 +49,13 @@ class Gigatoken:
 
     def encode(self, texts: list[str]) -> list[Ids]:
         """Ids of each text."""
+        # UTF-8 once, for the engine and for the characters; ASCII is that already.
+        encoded = [text if text.isascii() else text.encode() for text in texts]
         # One by one: its batches come as arrays of a library that takes longer to import than a million tokens.
-        ids = [self._encode(text) for text in texts]
+        ids = [self._encode(text) for text in encoded]
         if self._rss_mb() - self._rss_mb_at_start > self.max_growth_mb:
             self._start()
-        for i in self._characters.others(texts) if self._characters else ():
+        for i in self._characters.others(encoded) if self._characters else ():
             ids[i] = self._reference.encode([texts[i]])[0]
         return ids
 
