@@ -319,7 +319,8 @@ def test_commands_start_without_torch():
 
 def test_memory_does_not_grow_with_the_file(tokenizer, tmp_path):
     """One compressed file, so one unit, of 50 and of 200 MB, with new words for ever, which the engine's cache takes:
-    at most what the engine may grow by until it is made anew, since the smaller file may end before that."""
+    at most what the engine may grow by until it is made anew, since the smaller file may end before that; and 400 MB,
+    which is what a worker may take."""
     peaks, generator, known = [], np.random.default_rng(0), " ".join(TEXTS[3:123])
     for megabytes in (50, 200):
         path = tmp_path / f"{megabytes}.jsonl.gz"
@@ -332,7 +333,7 @@ def test_memory_does_not_grow_with_the_file(tokenizer, tmp_path):
         command += ["--input", str(path), "--tokenizer", str(tokenizer), "--output-prefix", str(tmp_path / "out")]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         peaks.append(summary_of(tmp_path / "out")["peak_rss_mb_of_a_worker"])
-    assert peaks[1] < peaks[0] + Gigatoken.max_growth_mb and peaks[1] < 300, peaks
+    assert peaks[1] < peaks[0] + Gigatoken.max_growth_mb and peaks[1] < 400, peaks
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])

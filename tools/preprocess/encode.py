@@ -31,7 +31,7 @@ class Gigatoken:
     """
 
     # Doubling its table takes three times as much for a moment.
-    max_growth_mb = 64
+    max_growth_mb = 80
 
     def __init__(self, reference):
         self._gigatoken = require("gigatoken", extra="preprocess", purpose="--engine gigatoken")
