@@ -10,7 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_gdn.config import Config, ConfigError, check_world, dump_config, load_config
+from megatron_gdn.config import Config, ConfigError, DataConfig, check_world, dump_config, load_config
+from megatron_gdn.config.entries import split_weights
 from megatron_gdn.training.setup import ignore_host_warnings
 
 
@@ -27,10 +28,27 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="settings that replace the recipe's"
     )
-    arguments = parser.parse_args()
-    if not arguments.dry_run and (arguments.json or arguments.processes):
+    arguments = parser.parse_intermixed_args()  # settings may stand on both sides of --resume
+    if not arguments.dry_run and (arguments.json or arguments.processes is not None):
         parser.error("--json and --processes need --dry-run")
+    if arguments.processes is not None and arguments.processes < 1:
+        parser.error(f"--processes ({arguments.processes}) must be at least 1")
     return arguments
+
+
+def find_vocab_size(data: DataConfig) -> int:
+    """Ids of the training data's tokenizer, without Megatron; raises ConfigError where it does not exist yet."""
+    from megatron_gdn.training.tokenizer_json import read_tokenizer, vocabulary_size
+
+    try:
+        if data.streams:
+            return vocabulary_size(read_tokenizer(Path(data.tokenizer) / "tokenizer.json"))
+        prefixes, _ = split_weights(data.train)
+        return max(json.loads(Path(f"{prefix}.json").read_text())["vocab_size"] for prefix in prefixes)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"model.vocab_size (null) must be a number where data.train tells none: set it. ({error})"
+        ) from error
 
 
 def dry_run(config: Config, *, processes: int | None, as_json: bool) -> None:
@@ -42,10 +60,7 @@ def dry_run(config: Config, *, processes: int | None, as_json: bool) -> None:
     data_parallel = check_world(config, processes or config.parallel.ranks_per_replica)
     vocab_size = config.model.vocab_size
     if vocab_size is None:
-        manifests = [Path(f"{entry.split()[-1]}.json") for entry in config.data.train]
-        if not all(path.is_file() for path in manifests):
-            raise ConfigError("model.vocab_size (null) must be a number where data.train does not exist yet: set it.")
-        vocab_size = max(json.loads(path.read_text())["vocab_size"] for path in manifests)
+        vocab_size = find_vocab_size(config.data)
     report = model_cost(config, vocab_size=vocab_size, data_parallel=data_parallel).report()
     print(json.dumps(report, indent=1) if as_json else f"{dump_config(config)}\n{format_report(report)}")
 

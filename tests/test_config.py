@@ -20,11 +20,11 @@ def test_every_recipe_loads_and_its_dump_gives_it_again(path, tmp_path):
 
 
 def test_overrides_replace_the_recipes_values():
-    config = load_config(DEMO, ["optimizer.lr=1e-3", "training.train_tokens=0.5M", "data.train=[a, 0.3 b]"])
+    config = load_config(DEMO, ["optimizer.lr=1e-3", "training.train_tokens=0.5M", "data.train=[0.7 a, 0.3 b]"])
     expected = yaml.safe_load(DEMO.read_text())
     expected["optimizer"]["lr"] = 0.001
     expected["training"]["train_tokens"] = 500_000
-    expected["data"]["train"] = ["a", "0.3 b"]
+    expected["data"]["train"] = ["0.7 a", "0.3 b"]
     assert config == parse_config(expected)
 
 
@@ -43,6 +43,18 @@ def test_counts(written, value):
         (["optimiser.lr=1"], r"optimiser is not a known key: did you mean optimizer\b"),
         (["lr=1"], r"override \('lr=1'\) must be section.field=value"),
         (["optimizer.lr=[1"], r"override \('optimizer.lr=\[1'\) has a value that is not YAML"),
+        (["optimizer.lr=.inf"], r"optimizer.lr \(inf\): input should be a finite number"),
+        (["optimizer.muon.lr=.inf"], r"optimizer.muon.lr \(inf\): input should be a finite number"),
+        (["data.train=a"], r"data.train \('a'\): must be a list: write \[a\]"),
+        (["data.train=[0.5 a, b]"], r"data entries \['0.5 a', 'b'\] must all be a prefix, or all 'weight prefix'"),
+        (["data.train=[x a]"], r"data entries \['x a'\] must all be a prefix"),
+        (["data.train=[nan a]"], r"data entries \['nan a'\] must all be a prefix"),
+        (["data.validation=[-1 a]"], r"data entries \['-1 a'\] must all be a prefix"),
+        (["data.split='98'"], r"data.split \(98\) must be shares of train, validation and test"),
+        (["data.split='0,1,1'"], r"data.split \(0,1,1\) must be shares .* and train above 0"),
+        (["data.split='nan,1'"], r"data.split \(nan,1\) must be shares of train, validation and test"),
+        (["fp8.backend=scaled_mm"], r"fp8: backend \(scaled_mm\) needs a recipe and has none: set fp8.recipe"),
+        (["model.kernel_backend=fla"], r"model.kernel_backend \('fla'\): input should be 'auto', 'torch' or 'triton'"),
         (["optimizer.lr=-1"], r"optimizer.lr \(-1\): input should be greater than 0"),
         (["optimizer.min_lr=1"], r"min_lr \(1\) must not exceed lr \(0.004\)"),
         (["training.precision=fp8"], r"training.precision \('fp8'\): input should be 'fp32' or 'bf16'"),
@@ -135,12 +147,15 @@ def test_wrong_values(overrides, message):
         ("run: {", r"is not YAML"),
         ("5", r"must hold sections"),
         ("run: {output_dir: x}", r"model is required"),
+        ("run: {seed: 1, seed: 2}", r"(?s)is not YAML: key 'seed' is there twice: keep one of them.*line 1"),
+        ("run: {}\nmodel: {}\nrun: {}", r"key 'run' is there twice"),
+        ("run: \udcff", r"is not YAML: 'utf-8' codec can't decode byte 0xff"),
     ],
 )
 def test_wrong_files(tmp_path, text, message):
     path = tmp_path / "recipe.yaml"
     if text is not None:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ConfigError, match=message):
         load_config(path)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from megatron_gdn.config import load_config
 from megatron_gdn.cost import model_cost, peak_flops
@@ -178,7 +180,26 @@ def test_dry_run_prints_the_costs():
     assert report["memory_bytes_per_rank"]["weights"] == expected.memory_bytes(0)["weights"]
     text = dry_run(*config, "--dry-run").stdout
     assert "1,309,295,488" in text and "sequence_length: 4096" in text
+    among_settings = dry_run(*config, "parallel.tensor=2", "--dry-run", "--json", "--processes", "16", "run.seed=3")
+    assert among_settings.stdout == found.stdout
     failed = dry_run(*config, "--json")
     assert failed.returncode == 2 and "--json and --processes need --dry-run" in failed.stderr
-    failed = dry_run(*config, "--dry-run", "model.vocab_size=null")
+    failed = dry_run(*config, "--dry-run", "--processes", "0")
+    assert failed.returncode == 2 and "--processes (0) must be at least 1" in failed.stderr
+
+
+def test_dry_run_takes_the_vocabulary_that_training_would_take(tmp_path):
+    config = ["--config", "examples/recipes/gdn_1.3b.yaml", "--dry-run", "--json", "model.vocab_size=null"]
+    failed = dry_run(*config)
     assert failed.returncode == 2 and "model.vocab_size (null) must be a number where data.train" in failed.stderr
+    for broken in ("{", "[]", "{}"):
+        (tmp_path / "text.json").write_text(broken)
+        failed = dry_run(*config, f"data.train=[{tmp_path}/text]")
+        assert failed.returncode == 2 and "must be a number where data.train tells none: set it" in failed.stderr
+    (tmp_path / "text.json").write_text('{"vocab_size": 777}')
+    tokenizer = Tokenizer(WordLevel({f"t{i}": i for i in range(777)}))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    expected = model_cost(recipe("gdn_1.3b"), vocab_size=777).parameters
+    for train in (f"{tmp_path}/text", "x.tar"):
+        found = dry_run(*config, f"data.train=[{train}]", f"data.tokenizer={tmp_path}", "data.split=null")
+        assert json.loads(found.stdout)["parameters"] == expected

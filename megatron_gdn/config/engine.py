@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_gdn.config.types import Count, NonNegative, Positive, section
+from megatron_gdn.config.types import Count, NonNegative, Positive, changed_fields, section
 
 
 @section
@@ -58,15 +58,10 @@ class EngineConfig:
     """A ds_config.json whose further settings are used; what it shares with the recipe must agree with it."""
 
     def __post_init__(self):
-        if self.name == "megatron" and self.deepspeed_config is not None:
-            raise ValueError(
-                f"deepspeed_config ({self.deepspeed_config}) needs name deepspeed: set engine.name=deepspeed."
-            )
-        if self.offload_optimizer and (self.name == "megatron" or self.zero_stage == 0):
-            raise ValueError(
-                f"offload_optimizer (true) needs name deepspeed and zero_stage 1 to 3, not {self.name} and "
-                f"{self.zero_stage}: set engine.name=deepspeed engine.zero_stage=1."
-            )
+        if self.name == "megatron" and (changed := changed_fields(self)):
+            raise ValueError(f"{changed} needs name deepspeed and has megatron: set engine.name=deepspeed.")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer (true) needs zero_stage 1 to 3 and has 0: set engine.zero_stage=1.")
 
 
 @section
@@ -91,6 +86,8 @@ class FP8Config:
 
     def __post_init__(self):
         if self.recipe == "none":
+            if changed := changed_fields(self):
+                raise ValueError(f"{changed} needs a recipe and has none: set fp8.recipe, such as tensorwise.")
             return
         if self.format is None:
             self.format = "hybrid" if self.recipe in ("delayed", "tensorwise") else "e4m3"

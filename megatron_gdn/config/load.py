@@ -12,6 +12,18 @@ from megatron_gdn.config.run import Config
 from megatron_gdn.config.types import ConfigError, lower_first
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe loader, which by itself would take the last of several equal keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {twice!r} is there twice: keep one of them", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     """Read a recipe and apply overrides.
 
@@ -23,10 +35,10 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         ConfigError: no such file, broken YAML, an unknown key, a value that breaks a rule; all of them at once.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader)
     except OSError as error:
         raise ConfigError(f"--config ({path}) cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config ({path}) is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"--config ({path}) must hold sections such as 'model:' and 'training:'.")
@@ -80,6 +92,8 @@ def _explain(error: dict) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return message if not location else f"{name}: {message}"
+    if error["type"] == "list_type" and isinstance(error["input"], str):
+        message = f"must be a list: write [{error['input']}]"
     return f"{name} ({error['input']!r}): {lower_first(message)}."
 
 

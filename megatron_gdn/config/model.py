@@ -104,7 +104,7 @@ class ModelConfig:
     """Standard deviation of the initial weights of initialization megatron."""
     provider: Literal["local", "te"] = "local"
     """Who makes linear layers and norms: Megatron's own modules, or Transformer Engine's, which need CUDA."""
-    kernel_backend: Literal["auto", "torch", "triton", "fla"] = "auto"
+    kernel_backend: Literal["auto", "torch", "triton"] = "auto"
     """Backend of the kernels of Gated DeltaNet and Mamba2; auto: triton on CUDA, torch on a CPU."""
     attention_backend: Literal["auto", "torch", "te", "flash", "flex"] = "auto"
     """Who computes attention; auto: te, flash or flex on CUDA, the first that is installed, torch on a CPU."""

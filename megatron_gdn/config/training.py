@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_gdn.config.types import Count, NonNegative, Positive, section
+from megatron_gdn.config.entries import split_shares, split_weights
+from megatron_gdn.config.types import Count, NonNegative, Positive, changed_fields, section
 
 
 @section
@@ -62,6 +63,11 @@ class DataConfig:
             raise ValueError("tokenizer (None) is required by .tar shards in data.train: name its folder.")
         if self.streams and self.split:
             raise ValueError(f"split ({self.split}) must be null with .tar shards: set data.validation to a dataset.")
+        for entries in (self.train, self.validation):
+            if entries:
+                split_weights(entries)
+        if self.split:
+            split_shares(self.split)
 
 
 @section
@@ -120,8 +126,8 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr:g}) must not exceed lr ({self.lr:g}).")
-        if self.name != "muon" and self.muon != MuonConfig():
-            raise ValueError(f"muon ({self.muon}) needs name muon, and has {self.name}: set optimizer.name=muon.")
+        if self.name != "muon" and (changed := changed_fields(self.muon)):
+            raise ValueError(f"muon: {changed} needs name muon and has {self.name}: set optimizer.name=muon.")
 
 
 @section

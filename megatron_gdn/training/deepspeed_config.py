@@ -51,7 +51,7 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
     problems = [
         f"{key}: leave it out, {instead} sets it"
         for key, instead in _OWNED.items()
-        if key in users and not (key == "fp16" and users[key].get("enabled") is False)
+        if key in users and not (key == "fp16" and isinstance(users[key], dict) and users[key].get("enabled") is False)
     ]
     total = users.pop("train_batch_size", "auto")
     if total not in ("auto", training.global_batch_size):
@@ -76,8 +76,11 @@ def _merge(ours: dict, users: dict, prefix: str, problems: list[str]) -> dict:
     for key, value in users.items():
         if value == "auto" and key in ours:
             continue
-        if isinstance(value, dict) and isinstance(ours.get(key), dict):
-            merged[key] = _merge(ours[key], value, f"{prefix}{key}.", problems)
+        if isinstance(ours.get(key), dict):
+            if isinstance(value, dict):
+                merged[key] = _merge(ours[key], value, f"{prefix}{key}.", problems)
+            else:
+                problems.append(f"{prefix}{key}: {json.dumps(value)} there, which must be an object")
         elif key in ours and value != ours[key] and not key.startswith("zero_"):
             problems.append(f"{prefix}{key}: {value} there, {ours[key]} in the recipe")
         else:

@@ -81,7 +81,10 @@ def check_dataset(prefix: str) -> IndexedFiles:
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     for path in (bin_path, idx_path):
         if not path.is_file():
-            raise DatasetError(f"{path} does not exist: build it with python -m tools.preprocess.tokenize_corpus.")
+            remedy = "build it with python -m tools.preprocess.tokenize_corpus"
+            if Path(prefix).suffix in (".bin", ".idx") and Path(prefix).is_file():
+                remedy = f"a dataset is named without {Path(prefix).suffix}"
+            raise DatasetError(f"{path} does not exist: {remedy}.")
     idx_bytes, bin_bytes = idx_path.stat().st_size, bin_path.stat().st_size
     with idx_path.open("rb") as file:
         header = file.read(_HEADER_BYTES)

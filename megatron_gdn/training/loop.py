@@ -15,6 +15,7 @@ from megatron_gdn.fp8.alignment import check_alignment
 from megatron_gdn.providers import get_provider
 from megatron_gdn.training.checkpoint import CheckpointStore
 from megatron_gdn.training.data import TrainingBatches, build_datasets, data_key, read_vocabulary
+from megatron_gdn.training.deepspeed_config import deepspeed_config
 from megatron_gdn.training.engine import MegatronEngine
 from megatron_gdn.training.faults import OutputLock, StopSignal
 from megatron_gdn.training.health import HealthMonitor
@@ -45,7 +46,8 @@ def pretrain(config: Config, *, resume: bool = False) -> None:
     check_alignment(config)
     check_validation(config, launch.world_size)
     get_provider(config.model.provider)
-    engine_type(config)
+    if engine_type(config) is not MegatronEngine:
+        deepspeed_config(config, launch.world_size // config.parallel.tensor)
     shards, entries = None, config.data.train + config.data.validation
     if config.data.streams:
         shards, entries = find_shards(config.data), config.data.validation
@@ -112,7 +114,8 @@ def check_output_dir(output_dir: Path, config: Config, *, resume: bool) -> None:
     found = sorted(
         entry.name
         for entry in output_dir.iterdir()
-        if not any(path.is_relative_to(entry.resolve()) or path.parent == entry.resolve() for path in read)
+        if entry.name != "cache"  # sample indices, named by their data, which also a start that failed leaves
+        and not any(path.is_relative_to(entry.resolve()) or path.parent == entry.resolve() for path in read)
     )
     if found:
         raise ConfigError(

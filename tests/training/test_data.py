@@ -197,12 +197,6 @@ def test_blend_takes_documents_by_weight(prefix, tmp_path):
     assert (firsts.count(5), firsts.count(7)) == (75, 25)
 
 
-@pytest.mark.parametrize("entries", [["0.5 a", "b"], ["x a"], ["-1 a"]])
-def test_wrong_weights(entries):
-    with pytest.raises(DatasetError, match="must all be a prefix, or all 'weight prefix'"):
-        data.split_weights(entries)
-
-
 def test_too_few_documents(prefix, tmp_path):
     with pytest.raises(DatasetError, match="the validation split of .* has 0 samples .* and 8 are needed"):
         data.build_datasets(

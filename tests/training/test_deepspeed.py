@@ -178,6 +178,8 @@ def test_a_user_s_configuration_adds_what_the_recipe_does_not_say(tmp_path):
         ('{"fp16": {"enabled": true}}', r"fp16: leave it out, training.precision=bf16 or fp32 sets it"),
         ("{", r"ds_config.json\) cannot be read as JSON"),
         ("[]", r"must hold an object"),
+        ('{"zero_optimization": 2}', r"zero_optimization: 2 there, which must be an object"),
+        ('{"fp16": true}', r"fp16: leave it out"),
     ],
 )
 def test_a_user_s_configuration_that_disagrees_is_refused(tmp_path, text, message):
@@ -208,7 +210,12 @@ def test_offloading_is_passed_on_and_wants_pytorch_s_adamw(tmp_path):
         (
             {"name": "deepspeed", "zero_stage": 0, "offload_optimizer": True},
             {},
-            "needs name deepspeed and zero_stage 1",
+            r"offload_optimizer \(true\) needs zero_stage 1 to 3 and has 0",
+        ),
+        (
+            {"zero_stage": 3, "offload_optimizer": True},
+            {},
+            r"zero_stage \(3\), offload_optimizer \(true\) needs name deepspeed and has megatron",
         ),
         ({"name": "deepspeed", "zero_stage": 4}, {}, r"engine.zero_stage \(4\): input should be less than or equal"),
     ],

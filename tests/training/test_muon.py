@@ -376,7 +376,10 @@ def test_nan_ends_the_run_before_the_update():
             r"fp8.param_gather \(true\) must be false with optimizer.name=muon",
         ),
         ({"optimizer": {"muon": {"scale": "original"}}}, r"needs lr: set optimizer.muon.lr, such as 0.02"),
-        ({"optimizer": {"name": "adamw", "muon": {"momentum": 0.9}}}, r"needs name muon, and has adamw"),
+        (
+            {"optimizer": {"name": "adamw", "muon": {"momentum": 0.9}}},
+            r"muon: momentum \(0.9\) needs name muon and has adamw",
+        ),
         ({"optimizer": {"muon": {"num_steps": 0}}}, r"optimizer.muon.num_steps \(0\)"),
         ({"optimizer": {"muon": {"momentums": 0}}}, r"muon.momentums is not a known key: did you mean .*momentum"),
     ],

@@ -238,9 +238,18 @@ def test_used_output_folder_is_refused_without_resume(undisturbed, prefix):
     assert "must be empty for a new run and holds" in log and "continue that run with --resume" in log
 
 
+def test_a_start_that_failed_can_be_repeated(prefix, tmp_path):
+    """It leaves the sample indices of its data, which are no run."""
+    values = runs.settings(prefix, tmp_path / "run", data={"split": "100,0,0"})
+    assert "the validation split of" in failure(values) and any((tmp_path / "run/cache").iterdir())
+    runs.run(values | {"data": values["data"] | {"split": "80,20,0"}})
+
+
 def test_wrong_data_is_refused_before_any_process_group(prefix, tmp_path):
     values = runs.settings(tmp_path / "nothing", tmp_path / "run")
     assert "nothing.bin does not exist" in failure(values)
+    values = runs.settings(f"{prefix}.bin", tmp_path / "run1")
+    assert "text.bin.bin does not exist: a dataset is named without .bin" in failure(values)
     values = runs.settings(prefix, tmp_path / "run2")
     values["model"] = values["model"] | {"vocab_size": 30}
     assert "model.vocab_size (30) must exceed every token id, and" in failure(values)
