@@ -29,7 +29,10 @@ EXCHANGES = ("all_gather", "scan")
 
 def _apply(M: Tensor, X: Tensor) -> Tensor:
     """M X for matrices `[..., K, K]`, or for numbers `[..., 1, 1]`."""
-    return M * X if M.shape[-1] == 1 else M @ X
+    if M.shape[-1] == 1:
+        return M * X
+    with torch.autocast(M.device.type, enabled=False):  # it would multiply in 16 bits
+        return M @ X
 
 
 class StatePassing:

@@ -50,7 +50,9 @@ def gated_delta_inputs(b, T):
 
 def gated_delta(q, k, v, *, g, beta, fragments=None, cu_seqlens=None, **options):
     if fragments is not None:
-        return context_gated_delta_rule(q, k, v, g=g, beta=beta, fragments=fragments, **options)[0]
+        o, final = context_gated_delta_rule(q, k, v, g=g, beta=beta, fragments=fragments, **options)
+        assert not final.requires_grad
+        return o
     options.pop("state_exchange", None)
     return chunk_gated_delta_rule(q, k, v, g=g, beta=beta, cu_seqlens=cu_seqlens, **options)[0]
 
@@ -68,7 +70,9 @@ def mamba_inputs(b, T):
 
 def mamba(x, *, fragments=None, cu_seqlens=None, **arguments):
     if fragments is not None:
-        return context_ssd(x, fragments=fragments, **arguments)[0]
+        y, final = context_ssd(x, fragments=fragments, **arguments)
+        assert not final.requires_grad
+        return y
     arguments.pop("state_exchange", None)
     return ssd(x, cu_seqlens=cu_seqlens, **arguments)[0]
 
@@ -138,6 +142,52 @@ def _for_one_rank(options):
 def all_errors(cases):
     """`errors` of many cases in one call."""
     return [errors(*args, **options) for args, options in cases]
+
+
+def float32_errors(name, layout, dtype, autocast, **options):
+    """Largest difference to one rank over the largest value, of float32 numbers alone, with inputs of 16 bits.
+
+    Compared are the states after each row and the gradients of the gates; one rank runs the same operator.
+
+    Args:
+        name: "gated delta" or "mamba"; two rows.
+        dtype: of all inputs but those that are float32.
+        autocast: whether the ranks, alone, run under autocast.
+    """
+    T, wide = 96, ("g", "beta", "dt", "A", "D")
+    tensors = OPERATORS[name][1](2, T)
+    tensors = {n: x.to(torch.float32 if n in wide else dtype) for n, x in tensors.items()}
+    whole, parallel = {"gated delta": (chunk_gated_delta_rule, context_gated_delta_rule), "mamba": (ssd, context_ssd)}[
+        name
+    ]
+    group = parallel_state.get_context_parallel_group()
+    fragments = prepare_fragments(T, layout=layout, group=group)
+    gates = [n for n in tensors if n in wide and n not in SHARED]
+
+    def run(function, inputs, **more):
+        leaves = {n: x.detach().clone().requires_grad_() for n, x in inputs.items()}
+        first = [leaves.pop(n) for n in ("q", "k", "v", "x") if n in leaves]
+        o, final = function(*first, **leaves, **more)
+        return o, final, leaves
+
+    expected, state, theirs = run(whole, tensors, output_final_state=True)
+    expected.float().sum().backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        o, final, ours = run(
+            parallel, {n: x if n in SHARED else fragments.local(x) for n, x in tensors.items()},
+            fragments=fragments, **options,
+        )  # fmt: skip
+        o.float().sum().backward()
+    pairs = {f"grad {n}": (ours[n].grad, fragments.local(theirs[n].grad)) for n in gates}
+    if fragments.num_fragments - 1 in fragments.owned:
+        last = fragments.owned.index(fragments.num_fragments - 1)
+        pairs["state"] = final.unflatten(0, (2, -1))[:, last], state
+    return {n: ((found - value).abs().max() / value.abs().max()).item() for n, (found, value) in pairs.items()}
+
+
+def all_float32_errors(cases):
+    """`float32_errors` of many cases in one call."""
+    return [float32_errors(*args, **options) for args, options in cases]
 
 
 def traffic(name, T, layout, bounds, **options):

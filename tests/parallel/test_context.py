@@ -65,6 +65,20 @@ def test_triton_equals_one_rank(layout):
     assert_small(2, cases, 1e-5)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_states_travel_in_float32(layout):
+    """With inputs of 16 bits and under autocast: rounded to bfloat16 on the way they would be off by 2**-9."""
+    options = [("gated delta", {}), ("gated delta", dict(state_exchange="scan")), ("mamba", {})]
+    cases = [
+        ((name, layout, dtype, dtype is torch.float32), more)
+        for name, more in options
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    for rank, found in enumerate(run(context_operators.all_float32_errors, cases, 4)):
+        for case, errors in zip(cases, found, strict=True):
+            assert len(errors) >= 1 and all(error <= 1e-4 for error in errors.values()), (rank, case, errors)
+
+
 def test_one_rank_needs_no_group():
     cases = [((name, T, layout, DOCUMENTS[2]), {}) for name, _ in OPERATORS[:4] for layout in ("contiguous", "zigzag")]
     [found] = pool(1).run(context_operators.all_errors, cases, groups={})
@@ -127,6 +141,11 @@ def test_documents_that_end_at_the_edges_send_nothing():
         (("attention", T, "zigzag"), dict(window=97), r"window \(97\) must not exceed the sequence \(96 tokens\)"),
         (("attention", T, "zigzag"), dict(cp_comm_type="p2p"), r"cp_comm_type \(p2p\) must be 'all_gather' or 'a2a'"),
         (("gated delta", T, "zigzag"), dict(state_exchange="ring"), r"state_exchange \(ring\) must be 'all_gather' or"),
+        (
+            ("gated delta", T, "zigzag"),
+            dict(backend="triton"),
+            r"q \(torch.float64\) must be float32, bfloat16 or float16",
+        ),
     ],
 )
 def test_what_cannot_be_exchanged_is_refused(arguments, options, message):
