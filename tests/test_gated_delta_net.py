@@ -267,6 +267,49 @@ def test_packed_documents_do_not_see_each_other():
     assert (unpacked - alone).abs().max() > 1e-2  # the documents do influence each other when not told apart
 
 
+def joined_and_apart(overrides):
+    """A packed row: the operations one after the other, and as one in Triton with rows that fill the weights up."""
+    from megatron_gdn.documents import PackedDocuments
+
+    x, _ = gdn_layer.inputs(tokens=96, batch=1)
+    documents = PackedDocuments.of(torch.tensor([0, 1, 30, 94, 96]), device=x.device)
+    results = []
+    for options in (dict(backend="triton", row_multiple=32), dict(backend="torch")):
+        layer = gdn_layer.build_layer(gdn_layer.layer_config(**overrides), **options)
+        seen = {}
+        with torch.no_grad():
+            y = layer(x, packed_seq_params=documents)[0]
+            layer.observer = seen.update
+            results.append({"output": y, "observed": layer(x, packed_seq_params=documents)[0]} | seen)
+    return results
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_joined_operations_of_packed_and_filled_up_rows(tp):
+    """Heads that two ranks do not divide. An observer sees what it sees of the operations."""
+    for joined, apart in pool(tp).run(joined_and_apart, THREE_HEADS, groups=dict(tensor_model_parallel_size=tp)):
+        assert {"alpha", "beta", "gate", "state"} < apart.keys()
+        assert_equal_results(joined, apart)
+
+
+def gates_of_a_bf16_layer():
+    layer = gdn_layer.build_layer(gdn_layer.layer_config(params_dtype=torch.bfloat16, bf16=True))
+    x, seen = gdn_layer.inputs()[0].bfloat16(), {}
+    layer.observer = seen.update
+    with torch.no_grad():
+        layer(x)
+        beta, alpha = layer.in_proj_ba(x)[0].transpose(0, 1).double().chunk(2, dim=-1)
+    g = -layer.A_log.detach().double().exp() * F.softplus(alpha + layer.dt_bias.detach().double())
+    return (seen["beta"], beta.sigmoid()), (seen["alpha"], g.exp())
+
+
+def test_gates_of_bf16_projections_are_float32():
+    [pairs] = pool(1).run(gates_of_a_bf16_layer, groups={})
+    for found, expected in pairs:
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)  # bfloat16 would be off by 4e-3
+
+
 def beside_megatrons_layer(sequence_parallel):
     """Our layer and Megatron-Core's own with the same weights: outputs, input gradients, keys on disk."""
     import megatron.core.ssm.gated_delta_net as theirs
@@ -329,6 +372,15 @@ def build_with(**overrides):
 def test_wrong_heads_are_refused(tp, overrides, message):
     with pytest.raises(RankError, match=message):
         pool(tp).run(build_with, groups=dict(tensor_model_parallel_size=tp), **overrides)
+
+
+def run_with_inference_context():
+    build_layer(layer_config())(inputs()[0], None, object())
+
+
+def test_inference_context_is_refused():
+    with pytest.raises(RankError, match=r"inference_context \(object\) must be None: Gated DeltaNet has no cached dec"):
+        pool(1).run(run_with_inference_context, groups={})
 
 
 def _filled(row_multiple: int):
