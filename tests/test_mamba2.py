@@ -1,6 +1,7 @@
 """The Mamba2 layer against plain PyTorch, transformers' and Megatron-Core's layers, and itself at other layouts."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -291,6 +292,28 @@ def test_layer_equals_transformers(overrides):
     pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
     [(ours, theirs)] = pool(1).run(beside_transformers_layer, overrides, groups={})
     assert_equal_results(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norm_of_16_bit_inputs_is_float32(dtype):
+    """Output and gradients are those of float64, rounded once."""
+    from megatron_gdn.mamba2 import GatedGroupRMSNorm, LocalGroups
+
+    groups = LocalGroups(2, SimpleNamespace(size=lambda: 1, rank=lambda: 0))
+    norm = GatedGroupRMSNorm(48, group_channels=24, eps=1e-5, groups=groups, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    y, z, dout = (torch.randn(5, 48, generator=generator).to(dtype) for _ in range(3))
+    leaves = [t.clone().requires_grad_() for t in (y, z)]
+    out = norm(*leaves)
+    out.backward(dout)
+    wide = [t.double().requires_grad_() for t in (y, z)]
+    u = (wide[0] * F.silu(wide[1])).unflatten(-1, (2, -1))
+    expected = (u * (u.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).flatten(-2)
+    expected.backward(dout.double())
+    for found, reference in ((out, expected), *((a.grad, b.grad) for a, b in zip(leaves, wide, strict=True))):
+        assert found.dtype == dtype
+        rounding = torch.finfo(dtype).eps / 2  # of one step; float32's own error shows next to 0
+        torch.testing.assert_close(found.double(), reference, rtol=1.01 * rounding, atol=1e-6)
 
 
 def test_triton_kernels_in_the_layer():

@@ -15,6 +15,7 @@ LAYERS = [
     ("G", {}),
     ("G", dict(state_exchange="scan", allow_neg_eigval=True)),
     ("M", {}),
+    ("M", dict(overrides=dict(mamba_num_groups=1))),  # two tensor-parallel ranks share the group
     ("*", dict(window=7, rope=False)),
     ("*", dict(qk_norm=True, output_gate=True, rotary_percent=0.7, **ROPE)),
     ("*", dict(overrides=dict(cp_comm_type="a2a"), **ROPE)),
