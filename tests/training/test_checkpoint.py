@@ -177,6 +177,15 @@ def test_no_valid_checkpoint_is_an_error_and_none_at_all_is_not(two_checkpoints,
         CheckpointStore(tmp_path / "root").latest()
 
 
+def test_a_whole_checkpoint_of_the_same_step_stays_and_a_damaged_one_is_replaced(tmp_path):
+    for seed in (1, 2):
+        pool(1).run(save, tmp_path, seed=seed)
+        pool(1).run(load_latest, tmp_path, seed=1)
+    os.truncate(tmp_path / "step_00000001/common.pt", 10)
+    pool(1).run(save, tmp_path, seed=2)
+    pool(1).run(load_latest, tmp_path, seed=2)
+
+
 def save_three_and_list(root):
     for step in (1, 2, 3):
         save(root, step=step, keep=2)
@@ -347,3 +356,6 @@ def test_verify_names_the_file(two_checkpoints, tmp_path):
     shutil.copytree(two_checkpoints / "step_00000002", tmp_path / "step_00000003")
     assert verify(two_checkpoints / "step_00000002") is None
     assert "is that of step 2" in verify(tmp_path / "step_00000003")
+    manifest = tmp_path / "step_00000003/manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 2}))
+    assert verify(tmp_path / "step_00000003") == "manifest.json has format_version 2 and this version reads 1"

@@ -78,21 +78,24 @@ def train_steps(config, steps: int = STEPS, documents: list[int] | None = None) 
 
 def run_steps(engine, steps: range, documents: list[int] | None = None) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of these steps of the endless corpus."""
-    from megatron.core import parallel_state
-
-    config = engine.config
-    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    per_pass, per_step = config.training.micro_batch_size, config.training.global_batch_size
-    count = per_step // (per_pass * size)
     losses, norms = [], []
     for step in steps:
-        starts = [step * per_step + (i * size + rank) * per_pass for i in range(count)]
-        batches = [[sample(start + j, documents) for j in range(per_pass)] for start in starts]
-        stacked = [{name: torch.stack([s[name] for s in batch]) for name in batch[0]} for batch in batches]
-        total = engine.forward_backward(iter(stacked), count)
+        batches = batches_of(engine.config, step, documents)
+        total = engine.forward_backward(iter(batches), len(batches))
         norms.append(engine.update())
         losses.append(engine.mean_loss(total))
     return losses, norms
+
+
+def batches_of(config, step: int, documents: list[int] | None = None) -> list[dict[str, torch.Tensor]]:
+    """Micro-batches of this rank for a step."""
+    from megatron.core import parallel_state
+
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    per_pass, per_step = config.training.micro_batch_size, config.training.global_batch_size
+    starts = [step * per_step + (i * size + rank) * per_pass for i in range(per_step // (per_pass * size))]
+    batches = [[sample(start + j, documents) for j in range(per_pass)] for start in starts]
+    return [{name: torch.stack([s[name] for s in batch]) for name in batch[0]} for batch in batches]
 
 
 def stored_weights(model) -> dict[str, torch.Tensor]:
@@ -232,13 +235,11 @@ def learning_rates(config):
     from megatron_gdn.training.engine import MegatronEngine
 
     engine = MegatronEngine.build(config, vocab_size=VOCABULARY, device=torch.device("cpu"))
-    rates, decays = [], {}
+    rates = []
     for _ in range(config.training.train_steps + 1):
         rates.append(engine.learning_rate)
         engine.scheduler.step(config.training.global_batch_size)
-    for group in engine.optimizer.param_groups:
-        decays.setdefault(group["weight_decay"], set()).update(p.dim() for p in group["params"])
-    return rates, decays
+    return rates
 
 
 def expected_rate(step: int, schedule: str, lr=3e-3, low=1e-3, warmup=10, total=100, decay=20) -> float:
@@ -253,14 +254,54 @@ def expected_rate(step: int, schedule: str, lr=3e-3, low=1e-3, warmup=10, total=
     return lr
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
-def test_schedules_are_in_tokens(schedule):
+@pytest.mark.parametrize("schedule, decay", [("cosine", 20), ("wsd", 20), ("wsd", None), ("constant", 20)])
+def test_schedules_are_in_tokens(schedule, decay):
+    """decay: steps, of 100; None: the last tenth."""
     config = run_config()
     per_step = config.training.tokens_per_step
     config.optimizer.min_lr, config.optimizer.schedule = 1e-3, schedule
-    config.optimizer.warmup_tokens, config.optimizer.decay_tokens = 10 * per_step, 20 * per_step
-    [(rates, decays)] = pool(1).run(learning_rates, config, groups={})
-    assert rates == pytest.approx([expected_rate(step, schedule) for step in range(101)], rel=1e-9)
+    config.optimizer.warmup_tokens, config.optimizer.decay_tokens = 10 * per_step, decay and decay * per_step
+    [rates] = pool(1).run(learning_rates, config, groups={})
+    assert rates == pytest.approx([expected_rate(step, schedule, decay=decay or 10) for step in range(101)], rel=1e-9)
+
+
+def beside_torchs_adamw(config) -> list[tuple]:
+    """Weights by name after four steps, and those of torch's AdamW from the same clipped gradients in float64."""
+    from megatron_gdn.training.engine import MegatronEngine
+
+    engine = MegatronEngine.build(config, vocab_size=VOCABULARY, device=torch.device("cpu"))
+    settings = config.optimizer
+    params = dict(engine.model.named_parameters())
+    copies = {name: torch.nn.Parameter(param.detach().double()) for name, param in params.items()}
+    matrices, vectors = ([p for p in copies.values() if (p.ndim > 1) is wanted] for wanted in (True, False))
+    groups = [dict(params=matrices, weight_decay=settings.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    betas = (settings.beta1, settings.beta2)
+    reference = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.epsilon)
+    for step in range(4):
+        batches = batches_of(config, step)
+        engine.forward_backward(iter(batches), len(batches))
+        for name, param in params.items():
+            assert param.main_grad.dtype == torch.float32
+            copies[name].grad = param.main_grad.double()
+        torch.nn.utils.clip_grad_norm_(copies.values(), settings.clip_grad)
+        for group in reference.param_groups:
+            group["lr"] = expected_rate(step, "cosine", low=0.0, warmup=2)
+        reference.step()
+        engine.update()
+    engine.sync_parameters()
+    return [(name, param.detach(), copies[name].detach()) for name, param in params.items()]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_steps_are_those_of_torchs_adamw(precision):
+    """Schedule, clipping, decay of matrices alone, betas; in bf16 weights are rounded, A_log and dt_bias are not."""
+    config = run_config(training=dict(precision=precision))
+    config.optimizer.clip_grad, config.optimizer.weight_decay, config.optimizer.beta2 = 0.2, 0.3, 0.9
+    config.optimizer.warmup_tokens = 2 * config.training.tokens_per_step
+    [found] = pool(1).run(beside_torchs_adamw, config, groups={})
+    for name, param, expected in found:
+        rtol = 2**-8 if param.dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(param.double(), expected, rtol=rtol, atol=3e-7, msg=name)
 
 
 def step_with_nan(config):

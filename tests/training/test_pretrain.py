@@ -221,6 +221,20 @@ def test_another_configuration_cannot_continue_a_run(undisturbed, prefix, change
         check_continuation(parse_config(saved), parse_config(now))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(training={"micro_batch_size": 1, "recompute": "full", "validation_samples": 2}),
+        dict(model={"kernel_backend": "torch"}, checkpoint={"interval": 3}, parallel={"tensor": 2}),
+    ],
+)
+def test_what_changes_no_number_of_a_step_may_differ(undisturbed, change):
+    from megatron_gdn.training.state import check_continuation
+
+    saved = json.loads((undisturbed / f"checkpoints/step_{STEPS:08d}/info.json").read_text())["config"]
+    check_continuation(parse_config(saved), parse_config({name: saved[name] | change.get(name, {}) for name in saved}))
+
+
 def test_replaced_data_cannot_continue_a_run(prefix, tmp_path):
     """Other documents under the same path."""
     copy = tmp_path / "copy"
