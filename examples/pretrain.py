@@ -87,12 +87,20 @@ def main() -> int:
         from megatron_gdn.training.data import DatasetError
         from megatron_gdn.training.faults import LockError
         from megatron_gdn.training.loop import pretrain
+        from megatron_gdn.training.restricted import UnsafeCheckpointError
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
         pretrain(config, resume=arguments.resume)
-    except (ConfigError, DatasetError, CheckpointError, LockError, MissingPackageError) as error:
+    except (
+        ConfigError,
+        DatasetError,
+        CheckpointError,
+        UnsafeCheckpointError,
+        LockError,
+        MissingPackageError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -81,6 +81,7 @@ class Config:
                 f"parallel.pipeline ({parallel.pipeline}) must be 1 with engine.name=deepspeed, whose ZeRO does not go "
                 "with Megatron's pipeline schedules: use tensor parallelism and a higher zero_stage."
             )
+        self._check_universal()
         wants_validation = training.validation_samples > 0
         if wants_validation and not self.data.validation and not self.data.split:
             raise ValueError(
@@ -102,6 +103,21 @@ class Config:
             raise ValueError(
                 "fp8.recipe (delayed) must not go with training.recompute=full, whose second pass would use other "
                 "scales than the first: use tensorwise, or recompute none."
+            )
+
+    def _check_universal(self) -> None:
+        engine, checkpoint = self.engine, self.checkpoint
+        if engine.name != "deepspeed":
+            for name in ("deepspeed", "initial_universal"):
+                if value := getattr(checkpoint, name):
+                    raise ValueError(
+                        f"checkpoint.{name} ({value}) needs engine.name=deepspeed and has {engine.name}: set it, and "
+                        "any engine continues the run's own checkpoints."
+                    )
+        if checkpoint.deepspeed and engine.zero_stage not in (1, 2):
+            raise ValueError(
+                f"engine.zero_stage ({engine.zero_stage}) must be 1 or 2 with checkpoint.deepspeed: use one of them, "
+                "or the run's own checkpoints, which any stage reads."
             )
 
     def _check_muon(self) -> None:

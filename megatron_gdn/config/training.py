@@ -181,6 +181,19 @@ class CheckpointConfig:
     """Newest checkpoints that stay; None keeps all."""
     initial_weights: str | None = None
     """Folder of checkpoints whose newest gives a new run its weights, such as tools.convert.hf_to_megatron writes."""
+    initial_universal: str | None = None
+    """A universal checkpoint of DeepSpeed's that a new run goes on from: weights, optimizer, schedule, place in the
+    data (engine deepspeed)."""
+    deepspeed: bool = False
+    """At the end and on SIGTERM, write DeepSpeed's own checkpoint too, which its ds_to_universal converts (engine
+    deepspeed, zero_stage 1 or 2)."""
+
+    def __post_init__(self):
+        if self.initial_weights is not None and self.initial_universal is not None:
+            raise ValueError(
+                f"initial_weights ({self.initial_weights}) and initial_universal ({self.initial_universal}) must not "
+                "both be set: a universal checkpoint brings weights of its own."
+            )
 
 
 @section

@@ -67,15 +67,15 @@ class CheckpointStore:
             CheckpointError: on every rank, when any rank could not write. The checkpoints before stay as they were.
         """
         final, aside = self.root / f"step_{step:08d}", self.root / f".writing-step_{step:08d}"
-        _together("prepare", lambda: self._prepare(aside), only_first=True)
+        together("prepare", lambda: self._prepare(aside), only_first=True)
         failpoint("prepared")
-        digests = _together(f"write {final}", lambda: torch_dist.write(sharded_state, aside), cleanup=aside)
+        digests = together(f"write {final}", lambda: torch_dist.write(sharded_state, aside), cleanup=aside)
         failpoint("shards")
         files = {name: digest for part in digests for name, digest in part.items()}
-        _together(
+        together(
             f"complete {final}", lambda: self._complete(aside, final, step, files, info), only_first=True, cleanup=aside
         )
-        _together("prune", self._prune, only_first=True)
+        together("prune", self._prune, only_first=True)
         return final
 
     def latest(self) -> Path | None:
@@ -84,7 +84,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: there are checkpoints and none verifies.
         """
-        return _together("find a checkpoint", self._find_latest, only_first=True)[0]
+        return together("find a checkpoint", self._find_latest, only_first=True)[0]
 
     def load(self, path: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
         """Read a checkpoint into the layout of `sharded_state`; collective.
@@ -204,13 +204,22 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _together(
+def together(
     action: str, function: Callable[[], Any], *, only_first: bool = False, cleanup: Path | None = None
 ) -> list[Any]:
-    """Run a function on all ranks (or the first) and fail on all when it fails on one.
+    """Run a function on all ranks (or the first) and fail on all when it fails on one; collective.
+
+    Args:
+        action: what it does, for the message: "cannot ...".
+        function: its result must be small, as every rank gets those of all.
+        only_first: on the first rank only.
+        cleanup: folder that the first rank removes after a failure.
 
     Returns:
         The results of all ranks; of the first rank only, in a list of one, with `only_first`.
+
+    Raises:
+        CheckpointError: on every rank, with what went wrong on which.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     result, problem = None, None

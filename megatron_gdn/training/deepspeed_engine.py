@@ -9,6 +9,7 @@ import itertools
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,14 +24,14 @@ from torch import Tensor
 
 from megatron_gdn.config import Config, ConfigError
 from megatron_gdn.optional import require
+from megatron_gdn.training.checkpoint import together
 from megatron_gdn.training.deepspeed_config import deepspeed_config
 from megatron_gdn.training.engine import MegatronEngine, build_scheduler, build_stage
 from megatron_gdn.training.optimizer import param_groups, sharded_states
 from megatron_gdn.training.packing import Batch
-from megatron_gdn.training.universal import universal_info
+from megatron_gdn.training.universal import MOMENTS, check_whole, read_progress, read_states, shape_of, universal_info
 
 logger = logging.getLogger(__name__)
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _STORED = ("is_expert_parallel", "default_config", "wd_mult", "lr_mult", "is_decoupled_lr", "max_lr", "min_lr")
 _STORED += ("lr", "betas", "eps", "weight_decay")
 """Fields of a parameter group that Megatron stores and looks for."""
@@ -63,10 +64,6 @@ class _Groups:
     @staticmethod
     def get_model_parallel_world_size() -> int:
         return parallel_state.get_tensor_model_parallel_world_size()
-
-    # The names by which its loader of universal checkpoints asks.
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
     @staticmethod
     def get_data_parallel_group():
@@ -151,7 +148,7 @@ class DeepSpeedStates:
             flat = [param for group in self._base.param_groups for param in group["params"]]
         for param in flat:
             if not self._base.state.get(param):
-                zeros = {name: torch.zeros_like(param) for name in _MOMENTS}
+                zeros = {name: torch.zeros_like(param) for name in MOMENTS}
                 self._base.state[param] = {"step": torch.zeros(()), **zeros}
         if hasattr(optimizer, "_hp_optimizer_states_linked"):
             # ZeRO 1 and 2 tie parameters to their states once, after the first step of the first group, when the other
@@ -166,17 +163,17 @@ class DeepSpeedStates:
 
     @staticmethod
     def _zeros(param: torch.nn.Parameter) -> dict[str, Tensor]:
-        return {name: torch.zeros_like(param, dtype=torch.float32) for name in ("param", *_MOMENTS)}
+        return {name: torch.zeros_like(param, dtype=torch.float32) for name in ("param", *MOMENTS)}
 
     def _states(self, param: torch.nn.Parameter) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if not _is_sharded(param):
             states = self._base.state[param]
-            return {"param": param.detach().float(), **{name: states[name] for name in _MOMENTS}}
+            return {"param": param.detach().float(), **{name: states[name] for name in MOMENTS}}
         values = {"param": safe_get_full_fp32_param(param)}
-        values |= {name: safe_get_full_optimizer_state(param, name) for name in _MOMENTS}
-        return {name: value.reshape(_shape(param)) for name, value in values.items()}
+        values |= {name: safe_get_full_optimizer_state(param, name) for name in MOMENTS}
+        return {name: value.reshape(shape_of(param)) for name, value in values.items()}
 
     def _set(self, param: torch.nn.Parameter, values: dict[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
@@ -185,20 +182,16 @@ class DeepSpeedStates:
             param.copy_(values["param"])
             states = self._base.state[param]
             states.setdefault("step", torch.zeros(()))
-            states |= {name: values[name].clone() for name in _MOMENTS}
+            states |= {name: values[name].clone() for name in MOMENTS}
             return
         safe_set_full_fp32_param(param, values["param"])
-        for name in _MOMENTS:
+        for name in MOMENTS:
             safe_set_full_optimizer_state(param, values[name], name)
 
 
 def _is_sharded(param: torch.nn.Parameter) -> bool:
     """Whether ZeRO keeps a master copy of the parameter."""
     return hasattr(param, "ds_id") or hasattr(param, "_hp_mapping")
-
-
-def _shape(param: torch.nn.Parameter) -> torch.Size:
-    return getattr(param, "ds_shape", param.shape)
 
 
 def gathered(wrapped, params: list[torch.nn.Parameter], *, modify: bool = False) -> AbstractContextManager:
@@ -222,7 +215,11 @@ class DeepSpeedEngine(MegatronEngine):
 
     @classmethod
     def build(cls, config: Config, *, vocab_size: int, device: torch.device) -> "DeepSpeedEngine":
-        """Build this rank's model; needs Megatron's process groups. Arguments as of MegatronEngine."""
+        """Build this rank's model; needs Megatron's process groups. Arguments as of MegatronEngine.
+
+        Raises:
+            ConfigError: `checkpoint.deepspeed` with a layout whose weights its format cannot hold.
+        """
         _, model = build_stage(config, vocab_size=vocab_size, device=device)
         trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
         params = [param for _, param in trained]
@@ -233,7 +230,7 @@ class DeepSpeedEngine(MegatronEngine):
         optimizer = torch.optim.AdamW(param_groups(trained, settings), lr=settings.lr, **options)
         wrapped = _wrap(model, optimizer, deepspeed_config(config, _Groups.get_data_parallel_world_size()))
         states = DeepSpeedStates(wrapped=wrapped, params=params)
-        return cls(
+        engine = cls(
             config=config,
             model=model,
             wrapped=wrapped,
@@ -241,6 +238,9 @@ class DeepSpeedEngine(MegatronEngine):
             scheduler=build_scheduler(config, states),
             device=device,
         )
+        if config.checkpoint.deepspeed:
+            engine._universal_info()  # refused now, not at the end of the run
+        return engine
 
     def forward_backward(
         self, batches: Iterator[Batch], num_microbatches: int, *, forward_only: bool = False
@@ -297,49 +297,70 @@ class DeepSpeedEngine(MegatronEngine):
         """Whole parameters inside the block, see the function of this name."""
         return gathered(self.wrapped, self.optimizer.params, modify=modify)
 
-    def save_deepspeed(self, folder: Path, tag: str) -> None:
+    def save_deepspeed(self, folder: Path, info: dict[str, Any]) -> None:
         """Write DeepSpeed's own checkpoint, which `deepspeed.checkpoint.ds_to_universal` converts; collective.
 
         Args:
-            folder: of checkpoints.
-            tag: name of this one.
+            folder: of this checkpoint; one that is there is replaced when the new one is whole.
+            info: plain values to go with it.
 
         Raises:
+            CheckpointError: on every rank, when any rank could not write.
             ConfigError: another zero_stage than 1 or 2; a layout whose weights the format cannot hold.
         """
-        self._check_universal()
-        self.model.universal_checkpoint_info = universal_info(self.model, _Groups.get_model_parallel_world_size())
-        self.wrapped.save_checkpoint(str(folder), tag, client_state={"schedule": self.scheduler.state_dict()})
+        self.model.universal_checkpoint_info = self._universal_info()
+        aside = folder.with_name(f".writing-{folder.name}")
 
-    def load_universal(self, folder: Path, tag: str) -> None:
-        """Take weights, states, step and schedule of a universal checkpoint; collective.
+        def write() -> None:
+            states = {"schedule": self.scheduler.state_dict(), "info": info}
+            self.wrapped.save_checkpoint(str(aside.parent), aside.name, client_state=states, save_latest=False)
 
-        DeepSpeed unpickles its files without restriction: load only what you trust.
+        def complete() -> None:
+            if folder.exists():
+                shutil.rmtree(folder)
+            aside.rename(folder)
+
+        together(f"prepare {aside}", lambda: shutil.rmtree(aside, ignore_errors=True), only_first=True)
+        together(f"write {folder}", write)
+        together(f"complete {folder}", complete, only_first=True)
+
+    def load_universal(self, folder: Path) -> None:
+        """Take weights, states of the optimizer and schedule of a universal checkpoint; collective.
 
         Args:
-            folder: of checkpoints.
-            tag: name of this one.
+            folder: that the converter wrote.
 
         Raises:
-            ConfigError: another zero_stage than 1 or 2; a layout whose weights the format cannot hold.
+            CheckpointError: on every rank, when any rank finds a file that is missing, damaged, unsafe, or that does
+                not fit the model.
+            ConfigError: a layout whose weights the format cannot hold.
         """
-        self._check_universal()
-        universal_info(self.model, _Groups.get_model_parallel_world_size())
-        self.optimizer._make_states()
-        self.wrapped.reads_universal = True
-        try:
-            _, client_state = self.wrapped.load_checkpoint(str(folder), tag)
-        finally:
-            self.wrapped.reads_universal = False
-        self.scheduler.load_state_dict(client_state["schedule"])
+        rank, size = _Groups.get_model_parallel_rank(), _Groups.get_model_parallel_world_size()
+        check_whole(self.model, size)
+        found: dict[str, Any] = {}
 
-    def _check_universal(self) -> None:
+        def read() -> None:
+            found["states"], found["step"] = read_states(folder, self.model, rank, size)
+            found["schedule"] = read_progress(folder)["schedule"]
+
+        together(f"read {folder}", read)
+        with self.gathered(modify=True), torch.no_grad():
+            for param, values in zip(self.optimizer.params, found["states"], strict=True):
+                param.copy_(values["param"])
+        states = dict(enumerate(found["states"]))
+        self.optimizer.load_state_dict(
+            {"param_state": states, "optimizer": {"param_groups": [{"step": found["step"]}]}}
+        )
+        self.scheduler.load_state_dict(found["schedule"])
+
+    def _universal_info(self) -> dict[str, Any]:
         stage = self.config.engine.zero_stage
         if stage not in (1, 2):
             raise ConfigError(
-                f"engine.zero_stage ({stage}) must be 1 or 2 for DeepSpeed's universal checkpoints: use one of them, "
-                "or the run's own checkpoints, which any stage reads."
+                f"engine.zero_stage ({stage}) must be 1 or 2 to write DeepSpeed's own checkpoint: use one of them, or "
+                "the run's own checkpoints, which any stage reads."
             )
+        return universal_info(self.model, _Groups.get_model_parallel_world_size())
 
 
 def _wrap(model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]):
@@ -347,11 +368,6 @@ def _wrap(model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: di
     deepspeed = import_deepspeed()
 
     class Engine(deepspeed.DeepSpeedEngine):
-        reads_universal = False
-
-        def load_universal_checkpoint(self) -> bool:
-            return self.reads_universal
-
         def module_state_dict(self, *args, **kwargs) -> dict[str, Any]:
             # Megatron's linear layers have an extra state that is None, which the converter takes for a weight.
             state = super().module_state_dict(*args, **kwargs)

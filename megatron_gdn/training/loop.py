@@ -24,6 +24,7 @@ from megatron_gdn.training.setup import Launch, choose_device, init_distributed,
 from megatron_gdn.training.state import TrainState
 from megatron_gdn.training.streaming import StreamedDataset, TextShards, find_shards
 from megatron_gdn.training.tokenizer import keep_tokenizer
+from megatron_gdn.training.universal import read_progress
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +197,11 @@ class Trainer:
         if self.state.step == 0 and weights is not None:
             self.state.load_weights(CheckpointStore(Path(weights)))
             logger.info("weights from %s", weights)
+        universal = self.config.checkpoint.initial_universal
+        if self.state.step == 0 and universal is not None:
+            self.state.continue_from(read_progress(Path(universal))["info"], self.config, Path(universal))
+            self.engine.load_universal(Path(universal))
+            logger.info("continues %s at step %d", universal, self.state.step)
         self.last_logged_step = self.state.step
         if self.is_first_rank:
             (self.output_dir / "config.yaml").write_text(dump_config(self.config))
@@ -224,6 +230,9 @@ class Trainer:
                     self._validate(metrics)
                 if stopped or state.step == last_step or self._is_due(config.checkpoint.interval):
                     self._save(metrics)
+            if config.checkpoint.deepspeed:
+                folder = self.output_dir / "deepspeed" / f"step_{state.step:08d}"
+                self.engine.save_deepspeed(folder, state.info(config))
             if stopped:
                 logger.info("stopped by %s after step %d; continue with --resume", stop.name, state.step)
 

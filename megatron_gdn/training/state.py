@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import megatron.core
@@ -65,9 +66,9 @@ class TrainState:
             state["rng"] = _rng_object()
         return state
 
-    def save(self, store: CheckpointStore, config: Config) -> None:
-        """Write a checkpoint; collective over all ranks."""
-        info = {
+    def info(self, config: Config) -> dict[str, Any]:
+        """What goes with a checkpoint as plain values: configuration, position, versions."""
+        return {
             "version": __version__,
             "torch": str(torch.__version__),
             "megatron_core": str(megatron.core.__version__),
@@ -78,8 +79,35 @@ class TrainState:
             "data_key": self.data_key,
             "config": asdict(config),
         }
+
+    def save(self, store: CheckpointStore, config: Config) -> None:
+        """Write a checkpoint; collective over all ranks."""
         with self.gathered():
-            store.save(self.step, self.sharded(loading=False), info=info)
+            store.save(self.step, self.sharded(loading=False), info=self.info(config))
+
+    def continue_from(self, info: dict[str, Any], config: Config, path: Path) -> Config:
+        """Take the position of a checkpoint that this run can continue.
+
+        Args:
+            info: from `info` when it was written.
+            config: the run.
+            path: the checkpoint.
+
+        Returns:
+            The configuration that it was written with.
+
+        Raises:
+            ConfigError: it belongs to a run that this configuration cannot continue, or its data was replaced.
+        """
+        saved = parse_config(info["config"])
+        check_continuation(saved, config)
+        if info.get("data_key") != self.data_key:
+            raise ConfigError(
+                f"data.train ({', '.join(config.data.train)}) holds other data than when {path.name} was written, so a "
+                "position in it means nothing: put the data back, or start a new run with checkpoint.initial_weights."
+            )
+        self.step, self.consumed_samples = info["step"], info["consumed_samples"]
+        return saved
 
     @torch.no_grad()
     def load(self, store: CheckpointStore, config: Config) -> bool:
@@ -96,14 +124,7 @@ class TrainState:
         if path is None:
             return False
         info = store.info(path)
-        saved = parse_config(info["config"])
-        check_continuation(saved, config)
-        if info.get("data_key") != self.data_key:
-            raise ConfigError(
-                f"data.train ({', '.join(config.data.train)}) holds other data than when {path.name} was written, so a "
-                "position in it means nothing: put the data back, or start a new run with "
-                f"checkpoint.initial_weights={store.root}."
-            )
+        saved = self.continue_from(info, config, path)
         same_layout = info["world_size"] == torch.distributed.get_world_size() and saved.parallel == config.parallel
         if not same_layout:
             logger.info("the layout differs from the checkpoint's: the random generators start from the seed")
@@ -114,7 +135,6 @@ class TrainState:
         self.scheduler.load_state_dict(loaded["scheduler"])
         if same_layout:
             _restore_rng(loaded["rng"])
-        self.step, self.consumed_samples = info["step"], info["consumed_samples"]
         return True
 
     @torch.no_grad()

@@ -99,11 +99,15 @@ def batches_of(config, step: int, documents: list[int] | None = None) -> list[di
 
 
 def stored_weights(model) -> dict[str, torch.Tensor]:
-    """Global weights by key on disk, put together from all ranks' sharded tensors; the same on every rank."""
+    """Global weights by key on disk, see `put_together`."""
+    return put_together(model.sharded_state_dict())
+
+
+def put_together(state) -> dict[str, torch.Tensor]:
+    """Global tensors by key on disk, from the sharded tensors of all ranks; the same on every rank."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    state = model.sharded_state_dict()
     apply_factories(state)
     mine = [
         (t.key, t.global_shape, t.global_offset, t.local_shape, t.data.detach().clone())
