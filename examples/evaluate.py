@@ -14,8 +14,8 @@ import logging
 import sys
 from pathlib import Path
 
-from megatron_gdn.config import ConfigError, parse_config
-from megatron_gdn.training.inference import load_model, single_process
+from megatron_gdn.config import ConfigError
+from megatron_gdn.training.inference import load_model, saved_config, single_process
 from megatron_gdn.training.restricted import UnsafeCheckpointError
 from megatron_gdn.training.setup import Launch, choose_device, ignore_host_warnings, init_distributed, shutdown
 from tools.convert.checkpoint import MegatronCheckpoint
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         checkpoint = MegatronCheckpoint(arguments.checkpoint)
-        config = single_process(parse_config(checkpoint.info["config"]), arguments.device)
+        config = single_process(saved_config(checkpoint.info, checkpoint.path), arguments.device)
         length = config.training.sequence_length
         lengths = sorted(arguments.lengths or [length // 2, length, 2 * length])
         tokens = check_dataset(arguments.data).tokens() if arguments.data else None

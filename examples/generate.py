@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_gdn.config import ConfigError, load_config, parse_config
-from megatron_gdn.training.inference import load_model, single_process
+from megatron_gdn.config import ConfigError, load_config
+from megatron_gdn.training.inference import load_model, saved_config, single_process
 from megatron_gdn.training.restricted import UnsafeCheckpointError
 from megatron_gdn.training.setup import Launch, choose_device, ignore_host_warnings, init_distributed, shutdown
 from megatron_gdn.training.tokenizer import tokenizer_beside
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"--tokenizer ({folder}) has ids up to {max(ids)} and the model {checkpoint.vocab_size}: "
                 "give the one that made its data."
             )
-        found = load_config(arguments.config) if arguments.config else parse_config(checkpoint.info["config"])
+        found = load_config(arguments.config) if arguments.config else saved_config(checkpoint.info, checkpoint.path)
         config = single_process(found, arguments.device)
         ignore_host_warnings()
         device = choose_device(config, Launch(rank=0, world_size=1, local_rank=0))
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
             torch.tensor(ids, device=device),
             max_new_tokens=arguments.max_new_tokens,
             vocab_size=checkpoint.vocab_size,
-            eod_id=checkpoint.info["vocabulary"]["eod_id"],
+            eod_id=checkpoint.eod_id,
             temperature=arguments.temperature,
             top_k=arguments.top_k,
             seed=arguments.seed,

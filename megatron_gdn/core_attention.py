@@ -1,6 +1,7 @@
 """Causal attention cores, Megatron's `core_attention`: ours, and Transformer Engine's with a window."""
 
 import copy
+import functools
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -153,8 +154,9 @@ class CoreAttention:
 
     Args:
         config, layer_number, window and all else: as of `SlidingWindowAttention`.
-        backend: see `megatron_gdn.kernels.sliding_window.resolve_attention_backend`. Whether it is Transformer Engine's
-            depends on whether there is CUDA, all else on the device of the tensors.
+        backend: see `megatron_gdn.kernels.sliding_window.resolve_attention_backend`. The device of the tensors chooses.
+            Where there is CUDA and Transformer Engine, its module is built, as it has keys on disk of its own; tensors
+            on a CPU, for which it has no kernel, go by "auto" to `SlidingWindowAttention` and by "te" to an error.
     """
 
     def __new__(
@@ -178,9 +180,31 @@ class CoreAttention:
             return SlidingWindowAttention(config, layer_number, window=window, backend=backend, **kwargs)
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
-        window = _window(config, layer_number, window)
-        config = with_window(config, window)
-        return TEDotProductAttention(config=config, layer_number=layer_number, **kwargs)
+        def elsewhere() -> SlidingWindowAttention:
+            return SlidingWindowAttention(config, layer_number, window=window, backend=backend, **kwargs)
+
+        layer_config = with_window(config, _window(config, layer_number, window))
+        core = _by_device(TEDotProductAttention)(config=layer_config, layer_number=layer_number, **kwargs)
+        core.elsewhere = functools.cache(elsewhere) if backend == "auto" else None
+        return core
+
+
+@functools.cache
+def _by_device(transformer_engines: type) -> type:
+    """Transformer Engine's module for tensors on CUDA, another for those on a CPU; `elsewhere` makes that one."""
+
+    class ByDevice(transformer_engines):
+        def forward(self, query: Tensor, *args, **kwargs) -> Tensor:
+            if query.device.type == "cuda":
+                return super().forward(query, *args, **kwargs)
+            if self.elsewhere is None:
+                raise ValueError(
+                    f"attention backend (te) needs tensors on CUDA, and they are on {query.device}: move the model to "
+                    "the GPU, or use 'auto'."
+                )
+            return self.elsewhere()(query, *args, **kwargs)
+
+    return ByDevice
 
 
 def _window(config: TransformerConfig, layer_number: int, window: int | None) -> int | None:

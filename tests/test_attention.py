@@ -475,6 +475,62 @@ def test_the_device_of_the_tensors_chooses_the_backend():
     assert torch.equal(found, expected)
 
 
+def core_on_a_cpu_beside_transformer_engine():
+    """Of models built where there are CUDA and Transformer Engine, stood in for; the last tensors are on CUDA."""
+    import sys
+    import types
+    from unittest import mock
+
+    from megatron_gdn import core_attention
+
+    class OnlyCuda(torch.nn.Module):
+        """Has a key on disk and no kernel for a CPU."""
+
+        def __init__(self, config, layer_number, **arguments):
+            super().__init__()
+            self.register_buffer("extra_state", torch.zeros(1))
+
+        def forward(self, query, key, value, *, attn_mask_type):
+            assert query.device.type == "cuda", "no kernel"
+            return "Transformer Engine's"
+
+    query, key = torch.randn(TOKENS, 1, 8, 6), torch.randn(TOKENS, 1, 4, 6)
+    on_cuda = types.SimpleNamespace(device=torch.device("cuda", 0))
+    config = attention_layer.layer_config()
+    expected = core_attention.CoreAttention(config, 1, window=7, backend="torch", softmax_scale=0.5)(query, key, key)
+    fake = types.SimpleNamespace(TEDotProductAttention=OnlyCuda)
+    with (
+        mock.patch.dict(sys.modules, {"megatron.core.extensions.transformer_engine": fake}),
+        mock.patch.object(torch.cuda, "is_available", lambda: True),
+        mock.patch("megatron_gdn.kernels.sliding_window._installed", lambda name: name == "transformer_engine"),
+        mock.patch("megatron_gdn.kernels.sliding_window.require", lambda *_, **__: None),
+    ):
+        auto, by_name = (
+            core_attention.CoreAttention(config, 1, window=7, backend=backend, softmax_scale=0.5)
+            for backend in ("auto", "te")
+        )
+        assert isinstance(auto, OnlyCuda) and list(auto.state_dict()) == ["extra_state"]
+        found = auto(query, key, key, attn_mask_type=None)
+        with pytest.raises(ValueError) as error:
+            by_name(query, key, key, attn_mask_type=None)
+        assert list(auto.state_dict()) == ["extra_state"]
+        computed = [core(on_cuda, on_cuda, on_cuda, attn_mask_type=None) for core in (auto, by_name)]
+        config.attention_dropout = 0.1  # which Transformer Engine has
+        dropping = core_attention.CoreAttention(config, 1, window=7)
+        with pytest.raises(ValueError) as dropout_error:
+            dropping(query, key, key, attn_mask_type=None)
+    return found, expected, computed, str(error.value), str(dropout_error.value)
+
+
+def test_a_model_on_a_cpu_does_not_use_transformer_engine():
+    found, expected, computed, error, dropout = pool(1).run(core_on_a_cpu_beside_transformer_engine, groups={})[0]
+    assert torch.equal(found, expected) and computed == ["Transformer Engine's"] * 2
+    assert error == (
+        "attention backend (te) needs tensors on CUDA, and they are on cpu: move the model to the GPU, or use 'auto'."
+    )
+    assert dropout.startswith("attention_dropout (0.1) must be 0.0 with attention backend 'auto': set it to 0, or use")
+
+
 def call_layer(options, **arguments):
     layer = attention_layer.build_attention(**options)
     layer(attention_layer.inputs()[0], None, **arguments)

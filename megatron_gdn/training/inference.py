@@ -1,14 +1,18 @@
 """A trained model in one process, for generation and evaluation."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megatron_gdn.config import Config
+from megatron_gdn.config import Config, ConfigError, parse_config
 
 
 def single_process(config: Config, device: str) -> Config:
     """The run's configuration for one process; changes it in place.
+
+    On a CPU, where Transformer Engine has no kernels, the modules and the attention are those for it; the weights and
+    their keys on disk are the same.
 
     Args:
         config: the run that wrote the checkpoint.
@@ -16,7 +20,24 @@ def single_process(config: Config, device: str) -> Config:
     """
     defaults = type(config.parallel)()
     config.run.device, config.parallel = device, defaults
+    if device == "cpu" or not torch.cuda.is_available():
+        config.model.provider, config.model.attention_backend = "local", "auto"
     return config
+
+
+def saved_config(info: dict[str, Any], path: Path) -> Config:
+    """The configuration that a checkpoint was written with.
+
+    Args:
+        info: what lies beside the weights, empty for a checkpoint of Megatron-LM.
+        path: folder of the checkpoint.
+
+    Raises:
+        ConfigError: there is none, or it does not hold.
+    """
+    if "config" not in info:
+        raise ConfigError(f"{path} holds no configuration of a run: continue from it with training, or export it.")
+    return parse_config(info["config"])
 
 
 def load_model(path: Path, config: Config, *, vocab_size: int, device: torch.device) -> torch.nn.Module:

@@ -47,16 +47,19 @@ def choose_device(config: Config, launch: Launch) -> torch.device:
     """The device of this process, before any CUDA context exists.
 
     Raises:
-        ConfigError: run.device is cuda and there is no GPU for this process.
+        ConfigError: run.device is cuda and there is no GPU for this process; it is the CPU, and the model wants modules
+            that compute on a GPU only.
     """
     wanted = config.run.device
     if wanted == "cpu":
         # Megatron-Core uses a GPU wherever it sees one, so a run on the CPU must not see any.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        _check_cpu(config)
         return torch.device("cpu")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device (cuda) needs a GPU, and torch sees none: use run.device=cpu or auto.")
     if not torch.cuda.is_available():
+        _check_cpu(config)
         return torch.device("cpu")
     if launch.local_rank >= torch.cuda.device_count():
         raise ConfigError(
@@ -64,6 +67,20 @@ def choose_device(config: Config, launch: Launch) -> torch.device:
             "start fewer processes per node or use run.device=cpu."
         )
     return torch.device("cuda", launch.local_rank)
+
+
+def _check_cpu(config: Config) -> None:
+    model = config.model
+    if model.provider == "te":
+        raise ConfigError(
+            "model.provider (te) needs a GPU and the run is on the CPU: use model.provider=local, which reads the same "
+            "checkpoints, or run.device=cuda."
+        )
+    if model.attention_backend not in ("auto", "torch"):
+        raise ConfigError(
+            f"model.attention_backend ({model.attention_backend}) needs a GPU and the run is on the CPU: use "
+            "model.attention_backend=auto, or run.device=cuda."
+        )
 
 
 def init_distributed(config: Config, launch: Launch, device: torch.device) -> None:

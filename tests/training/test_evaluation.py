@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,6 +159,29 @@ def test_script_measures_a_run(tmp_path):
         expected = F.cross_entropy(plain.logits(model, weights, x).flatten(0, 1), y.flatten())
         assert found["loss"][str(length)] == pytest.approx(expected.item(), rel=1e-5)  # float32 against float64
     assert f"{found['loss']['600']:.4f}" in done.stdout
+
+
+def test_checkpoints_of_transformer_engine_are_read_on_a_cpu(tmp_path):
+    """Written by a run whose modules a CPU has no kernels for: the loss is that of the run with the others."""
+    prefix = runs.write_dataset(tmp_path)
+    runs.run(runs.settings(prefix, tmp_path / "run", training={"exit_after_steps": 1, "train_tokens": 640}))
+    base = ["--checkpoint", tmp_path / "run", "--device", "cpu", "--data", prefix, "--lengths", 32, "--tokens", 100]
+    expected = evaluate(*base)
+    (path,) = (tmp_path / "run").glob("checkpoints/*/info.json")
+    info = json.loads(path.read_text())
+    info["config"]["model"] |= {"provider": "te", "attention_backend": "te"}
+    path.write_text(json.dumps(info))
+    found = evaluate(*base)
+    assert expected.returncode == found.returncode == 0, found.stderr
+    assert "32" in found.stdout and found.stdout == expected.stdout
+
+
+def test_a_checkpoint_without_a_configuration_is_refused():
+    from megatron_gdn.config import ConfigError
+    from megatron_gdn.training.inference import saved_config
+
+    with pytest.raises(ConfigError, match="iter_7 holds no configuration of a run: continue from it with training"):
+        saved_config({}, Path("iter_7"))
 
 
 @pytest.mark.parametrize(

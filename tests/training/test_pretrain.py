@@ -274,6 +274,24 @@ def test_wrong_data_is_refused_before_any_process_group(prefix, tmp_path):
     assert "cut.bin has 100 bytes and its index says" in log and "init_process_group" not in log
 
 
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ({"provider": "te"}, r"model.provider \(te\) needs a GPU and the run is on the CPU: use model.provider=local"),
+        ({"attention_backend": "te"}, r"model.attention_backend \(te\) needs a GPU and the run is on the CPU: use"),
+        ({"attention_backend": "flex"}, r"model.attention_backend \(flex\) needs a GPU and the run is on the CPU"),
+    ],
+)
+def test_modules_that_need_a_gpu_are_refused_on_a_cpu(prefix, tmp_path, monkeypatch, model, message):
+    """Before any process group; run.device=cpu hides GPUs from Megatron-Core, here and in what this process starts."""
+    from megatron_gdn.training.setup import Launch, choose_device
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    config = parse_config(runs.settings(prefix, tmp_path / "run", model=model))
+    with pytest.raises(ConfigError, match=message):
+        choose_device(config, Launch(rank=0, world_size=1, local_rank=0))
+
+
 def test_more_tensor_parallelism_than_processes_is_refused(prefix, tmp_path):
     log = failure(runs.settings(prefix, tmp_path / "run", parallel={"tensor": 2}))
     assert "must divide the number of processes (1)" in log
