@@ -1,17 +1,20 @@
 """Checkpoints of Megatron-Core's own Gated DeltaNet: read here, and written here for it to read."""
 
 import argparse
+import inspect
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from tests.gdn_layer import l2norm_in_torch, replace_in_megatrons_layer
 from tests.ranks import pool
 from tests.tools import checkpoints
 from tools.convert import hf_to_megatron, megatron_to_hf, verify
-from tools.convert.megatron_lm import read_args
+from tools.convert.megatron_lm import args_of_architecture, read_args
 
 TOKENS = 130
 ARGS = dict(
@@ -226,3 +229,43 @@ def test_arguments_that_an_early_python_3_11_wrote(tmp_path):
     torch.save({"args": argparse.Namespace(num_layers=3, attention_backend=_Member())}, tmp_path / "common.pt")
     found = read_args((tmp_path / "common.pt").read_bytes(), tmp_path / "common.pt")
     assert found.keys() == {"num_layers", "attention_backend"} and found["num_layers"] == 3
+
+
+def null_tokenizer(**options) -> tuple[dict, int, int]:
+    """Arguments of this Megatron-Core for its tokenizer without a file, the tokenizer's size and end of a document."""
+    from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
+
+    args = {"vocab_size": checkpoints.VOCABULARY, "tokenizer_type": "NullTokenizer"}
+    if "eod_id" in inspect.signature(NullTokenizer).parameters:
+        args["null_tokenizer_eod_id"] = options.get("eod_id")
+    made = NullTokenizer(checkpoints.VOCABULARY, **options)
+    return args, made.vocab_size, made.eod
+
+
+@pytest.mark.parametrize(
+    "args, size, eod",
+    [
+        null_tokenizer(),
+        (dict(vocab_size=50, tokenizer_type="NullTokenizer"), 51, 50),  # up to 0.17
+        (dict(vocab_size=50, tokenizer_type="NullTokenizer", null_tokenizer_eod_id=None), 50, 49),  # from 0.18
+        (dict(vocab_size=50, tokenizer_type="NullTokenizer", null_tokenizer_eod_id=3), 50, 3),
+        (dict(vocab_size=50, tokenizer_type="NullMultimodalTokenizer", null_tokenizer_eod_id=None), 51, 50),
+        (dict(vocab_size=50, tokenizer_type="HuggingFaceTokenizer"), 50, None),
+        (dict(vocab_size=None, tokenizer_type="HuggingFaceTokenizer"), checkpoints.PADDED, None),
+    ],
+    ids=["this release", "0.17", "0.18", "0.18, named", "multimodal", "another", "no size"],
+)
+def test_the_end_of_a_document_is_exported(tmp_path, args, size, eod):
+    described = checkpoints.architecture(checkpoints.QWEN | {"pattern": "G-G-*-"})
+    weights = checkpoints.random_weights(described)
+    step = checkpoints.write(tmp_path / "ours", described, weights) / "step_00000007"
+    (step / "info.json").unlink()
+    # The model of the fixture in Megatron-LM's arguments, with the tokenizer's.
+    model = vars(args_of_architecture(described, 128))
+    torch.save({"args": argparse.Namespace(**model | args)}, step / "common.pt")
+    assert megatron_to_hf.main(["--checkpoint", str(step), "--output", str(tmp_path / "hf")]) == 0
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["vocab_size"], config.get("eos_token_id")) == (size, eod)
+    found = load_file(tmp_path / "hf" / "model.safetensors")
+    assert torch.equal(found["lm_head.weight"], weights["output_layer.weight"][:size])
+    assert torch.equal(found["model.embed_tokens.weight"], weights["embedding.word_embeddings.weight"][:size])

@@ -27,7 +27,7 @@ from megatron_gdn.config import ModelConfig
 from megatron_gdn.training.restricted import UnsafeCheckpointError, named_global, read_metadata
 from tools.convert.architecture import Architecture, Experts
 from tools.convert.errors import ConvertError
-from tools.convert.megatron_lm import architecture_of_args, our_key, read_args
+from tools.convert.megatron_lm import architecture_of_args, our_key, read_args, vocabulary_of_args
 
 # Of keys that are no weights of the model.
 _OTHER = ("optimizer.", "chained_", "rng", "rerun_state_machine_state")
@@ -215,13 +215,13 @@ class MegatronCheckpoint:
         """Tokens of the vocabulary, without padding."""
         if self.info:
             return self.info["vocabulary"]["size"]
-        rows = self.shape("embedding.word_embeddings.weight")[0]
-        return self.args.get("vocab_size") or rows
+        size, _ = vocabulary_of_args(self.args)
+        return size or self.shape("embedding.word_embeddings.weight")[0]
 
     @property
     def eod_id(self) -> int | None:
-        """Id of the end of a document."""
-        return self.info["vocabulary"]["eod_id"] if self.info else None
+        """Id of the end of a document; None where nothing says it."""
+        return self.info["vocabulary"]["eod_id"] if self.info else vocabulary_of_args(self.args)[1]
 
     @property
     def sequence_length(self) -> int:

@@ -130,6 +130,21 @@ SPECS = {"gdn": "G", "gdn_h1": "GS", "gdn_h2": "MGS"}
 _MAMBA = ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups")
 
 
+def vocabulary_of_args(args: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Tokens of the vocabulary without padding, and the id of the end of a document; None where nothing says it.
+
+    Megatron-LM's tokenizers without a file have --vocab-size tokens, and up to Megatron-Core 0.17 the end of a document
+    behind them; from 0.18 on that is NullTokenizer's last token, or the one that an argument of that release names.
+    """
+    size, tokenizer = args.get("vocab_size"), args.get("tokenizer_type")
+    if size is None or tokenizer not in ("NullTokenizer", "NullMultimodalTokenizer"):
+        return size, None
+    if tokenizer == "NullTokenizer" and "null_tokenizer_eod_id" in args:
+        named = args["null_tokenizer_eod_id"]
+        return size, size - 1 if named is None else named
+    return size + 1, size
+
+
 def architecture_of_args(args: dict[str, Any]) -> Architecture:
     """The model of Megatron-LM's arguments.
 
