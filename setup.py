@@ -39,7 +39,7 @@ setup(
             "orjson",
             "gigatoken>=0.10",  # the fast engine; another version is used only where its ids are the same
             "zstandard>=0.22",
-            "pyarrow",
+            "pyarrow>=14.0.1",  # before, a type in a parquet file could run code (CVE-2023-47248)
             "fsspec",
             "sentencepiece",
             "tiktoken",

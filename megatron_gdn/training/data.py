@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -182,7 +183,8 @@ def build_datasets(
     )
     kind = {"join": GPTDataset, "separate": DocumentDataset}[documents]
     sizes = [num_train_samples, num_validation_samples, 0]
-    datasets = BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, config).build()
+    with _no_pickles():
+        datasets = BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, config).build()
     for name, dataset, wanted in zip(("train", "validation"), datasets, sizes, strict=False):
         if wanted and (dataset is None or len(dataset) < wanted):
             raise DatasetError(
@@ -229,8 +231,7 @@ def data_key(entries: list[str], shards: TextShards | None = None) -> str:
 def drop_broken_indices(cache: Path) -> None:
     """Remove index files that are not whole arrays of plain numbers; Megatron then builds them again.
 
-    Megatron writes them in place, so a killed run leaves half a file, and loads them with allow_pickle, so a pickle
-    under their name would run.
+    Megatron writes them in place, so a killed run leaves half a file.
     """
     for path in sorted(cache.glob("*.npy")):
         try:
@@ -240,6 +241,17 @@ def drop_broken_indices(cache: Path) -> None:
         if not whole:
             logger.warning("%s is not a whole array: it is removed and built again", path)
             path.unlink()
+
+
+@contextmanager
+def _no_pickles():
+    """NumPy refuses pickles inside the block: Megatron loads its indices with allow_pickle, so one would run."""
+    load = np.load
+    np.load = lambda *args, **kwargs: load(*args, **kwargs | {"allow_pickle": False})
+    try:
+        yield
+    finally:
+        np.load = load
 
 
 class TrainingBatches:

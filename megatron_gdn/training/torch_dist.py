@@ -183,6 +183,18 @@ class _Planner(MCoreLoadPlanner):
             raise UnsafeCheckpointError(f"object {name} of the checkpoint is refused: {named_global(error)}") from error
 
 
+@contextmanager
+def _restricted():
+    """Megatron leaves the restriction of torch.load to its default, which an environment variable lifts: not here."""
+    name = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    value = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
+
+
 class _LoadStrategy(TorchDistLoadShardedStrategy):
     def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, *_) -> dict[str, Any]:
         by_key, flat_mapping, rename_mapping = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
@@ -212,7 +224,7 @@ def read(sharded_state: dict[str, Any], directory: Path) -> dict[str, Any]:
     Raises:
         UnsafeCheckpointError: a pickle that names anything but plain values, or a path out of the folder.
     """
-    # Megatron reads it again, but leaves the restriction to a default that an environment variable lifts, or to none.
+    # Read here for an error that says which file it is; Megatron reads it again.
     path = directory / "common.pt"
     if path.is_file():
         try:
@@ -222,4 +234,5 @@ def read(sharded_state: dict[str, Any], directory: Path) -> dict[str, Any]:
     else:
         planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
         dcp.load({COMMON_STATE: io.BytesIO()}, storage_reader=_Reader(directory), planner=planner, no_dist=True)
-    return megatron_load(sharded_state, str(directory), sharded_strategy=_LoadStrategy())
+    with _restricted():
+        return megatron_load(sharded_state, str(directory), sharded_strategy=_LoadStrategy())

@@ -313,6 +313,30 @@ def test_malicious_pickle_is_refused(tmp_path, poison, load):
     assert not canary.exists()
 
 
+def load_what_is_replaced_on_the_way(path, canary):
+    """common.pt becomes another one between its check and Megatron's reading of it."""
+    load = torch_dist.megatron_load
+
+    def later(state, directory, **kwargs):
+        poison_common(path, canary)
+        return load(state, directory, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+        patch.setattr(torch_dist, "megatron_load", later)
+        try:
+            load_with_our_reader(path)
+        finally:
+            assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+
+
+def test_a_file_that_is_replaced_after_its_check_runs_nothing(tmp_path):
+    pool(1).run(save, tmp_path / "root")
+    with pytest.raises(RankError, match="UnpicklingError: .*(?s:.*)posix.system"):
+        pool(1).run(load_what_is_replaced_on_the_way, tmp_path / "root/step_00000001", tmp_path / "canary")
+    assert not (tmp_path / "canary").exists()
+
+
 def test_path_out_of_the_folder_is_refused(tmp_path):
     pool(1).run(save, tmp_path / "root")
     path = tmp_path / "root/step_00000001/.metadata"

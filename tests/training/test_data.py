@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -208,6 +209,39 @@ def test_too_few_documents(prefix, tmp_path):
             num_validation_samples=8,
             **OPTIONS,
         )
+
+
+class Payload:
+    """Makes the canary folder when a pickle of it is executed."""
+
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.canary),)
+
+
+def poison(cache: Path, canary: Path) -> None:
+    paths = sorted(cache.rglob("*.npy"))
+    assert paths
+    for path in paths:
+        path.write_bytes(pickle.dumps(Payload(canary)))
+
+
+def test_pickles_in_the_cache_are_built_again_and_never_run(prefix, tmp_path, monkeypatch):
+    cache, canary = tmp_path / "cache", tmp_path / "canary"
+    first, _ = build(prefix, cache)
+    poison(cache, canary)
+    again, _ = build(prefix, cache)
+    assert all(torch.equal(first[i]["tokens"], again[i]["tokens"]) for i in range(40))
+    # After its check, too, an index may be replaced.
+    monkeypatch.setattr(data, "drop_broken_indices", lambda path: poison(path, canary))
+    with pytest.raises(ValueError, match="contains pickled"):
+        build(prefix, cache)
+    assert not canary.exists()
+    array = np.array([1])
+    np.save(tmp_path / "object.npy", array.astype(object))
+    assert np.load(tmp_path / "object.npy", allow_pickle=True) == array  # elsewhere NumPy is as it was
 
 
 def first_samples(prefix, cache):
