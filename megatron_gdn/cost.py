@@ -71,14 +71,11 @@ class ModelCost:
         """Bytes on a rank of a pipeline stage: weights, gradients, optimizer states, activations."""
         parallel, training = self.config.parallel, self.config.training
         layers, element = self.stages[stage], BYTES[training.precision]
-        parameters = sum(layer.rank_parameters for layer in layers)
+        copied = 0
         if parallel.pipeline > 1 and self.config.model.tie_embeddings and stage == parallel.pipeline - 1:
             # The last stage has a copy of the embedding.
-            parameters += self.vocab_size * self.config.model.hidden_size // parallel.tensor
-        # Adam's two moments, or Muon's momentum, and under bf16 the master weights.
-        moments = 8 * parameters - 4 * sum(layer.matrix_parameters for layer in layers if self._uses_muon)
-        masters = 4 * parameters if training.precision == "bf16" else 0
-        shards = self.data_parallel * parallel.context if parallel.distributed_optimizer else 1
+            copied = self.vocab_size * self.config.model.hidden_size // parallel.tensor
+        parameters = sum(layer.rank_parameters for layer in layers) + copied
         # 1F1B keeps one micro-batch more on each stage before it.
         in_flight = min(parallel.pipeline - stage, self._num_microbatches)
         tokens = training.micro_batch_size * training.sequence_length // parallel.context
@@ -91,9 +88,32 @@ class ModelCost:
         return {
             "weights": parameters * element,
             "gradients": parameters * 4,
-            "optimizer": (moments + masters) / shards,
+            "optimizer": self._optimizer_bytes(layers, copied),
             "activations": activation_bytes,
         }
+
+    def _optimizer_bytes(self, layers: list[LayerCost], copied: int) -> float:
+        """Adam's two moments, or Muon's momentum, and under bf16 the master weights.
+
+        Args:
+            layers: of a stage.
+            copied: parameters that the stage has beside theirs.
+        """
+        parallel = self.config.parallel
+        masters = 4 if self.config.training.precision == "bf16" else 0
+        of_adam, of_muon = 8 + masters, 4 + masters
+        whole = of_adam * (sum(layer.rank_parameters for layer in layers) + copied)
+        if self._uses_muon:
+            whole -= (of_adam - of_muon) * sum(layer.matrix_parameters for layer in layers)
+        if not parallel.distributed_optimizer:
+            return whole
+        share = whole / (self.data_parallel * parallel.context)
+        if not self._uses_muon:
+            return share
+        # Muon's ranks own whole parameters. Where none is larger than a share the fullest rank has up to a seventh more
+        # than it (h1_1.3b, gdn_1.3b, h2_1.3b and qwen3_next_style_7b on 2 to 64 ranks).
+        largest = [layer.largest_parameter * (of_muon if layer.matrix_parameters else of_adam) for layer in layers]
+        return max(share, copied * of_adam, *largest)
 
     def communication_bytes(self, stage: int) -> dict[str, float]:
         """Bytes that a rank of a pipeline stage sends per optimizer step, with ring algorithms."""
@@ -116,15 +136,14 @@ class ModelCost:
             tensor = (columns + rows + rows_again) * whole * 2 * (tp - 1) / tp
         tensor += tokens * (2 * sum(x.tensor_bytes for x in layers) + sum(x.tensor_bytes for x in recomputed))
         parameters = sum(layer.rank_parameters for layer in layers)
+        # Gradients in float32: scattered by the distributed optimizer, else whole on every rank.
+        data = parameters * 4 * (1 if self.config.slices_optimizer else 2) * (shards - 1) / shards
         if parallel.distributed_optimizer:
-            # Scatter the gradients in float32, gather the weights.
-            data = parameters * (4 + element) * (shards - 1) / shards
-        else:
-            data = parameters * 4 * 2 * (shards - 1) / shards
+            data += parameters * element * (shards - 1) / shards  # updated weights
         if self._uses_muon:
-            # Ranks gather what is split of the weights that they make orthogonal, and send on the results.
-            tensor += sum(layer.split_parameters for layer in layers) * element * (tp - 1) / shards
-            data += sum(layer.matrix_parameters for layer in layers) * element * (shards - 1) / shards
+            # Tensor-parallel ranks gather what is split of the weights that they make orthogonal.
+            updated = shards if parallel.distributed_optimizer else 1
+            tensor += sum(layer.split_parameters for layer in layers) * element * (tp - 1) / updated
         boundaries = (stage > 0) + (stage < parallel.pipeline - 1)
         pipeline = boundaries * whole / (tp if parallel.sequence else 1)
         if self.config.model.tie_embeddings and boundaries and stage in (0, parallel.pipeline - 1):

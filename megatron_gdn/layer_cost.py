@@ -26,6 +26,7 @@ class LayerCost:
     flops: model FLOPs per token of the forward pass; the backward pass has twice as many.
     executed_flops: multiplications and additions of matrix products per token, forward and backward.
     activation_bytes: kept for the backward pass, per token on one rank.
+    largest_parameter: of rank_parameters, those of the largest weight.
     matrix_parameters: of rank_parameters, those that Muon would update (megatron_gdn/training/muon.py).
     split_parameters: of those, the ones whose matrices lie over several tensor-parallel ranks.
     state_bytes: recurrent state or key-value cache of one sequence on all ranks, as decoding keeps it.
@@ -43,6 +44,7 @@ class LayerCost:
     flops: float
     executed_flops: float
     activation_bytes: float
+    largest_parameter: int
     matrix_parameters: int = 0
     split_parameters: int = 0
     state_bytes: float = 0.0
@@ -145,6 +147,7 @@ def gated_delta_net_cost(sizes: Sizes) -> LayerCost:
         flops=2 * linear + 8 * HV * K * V,
         executed_flops=6 * linear + HV * chunked,
         activation_bytes=sizes.input_bytes + kept * sizes.element + local_heads * 3 * 4,
+        largest_parameter=h * local["in_proj"],
         matrix_parameters=h * (local["in_proj"] + local["out_proj"]),
         split_parameters=h * local["out_proj"],
         state_bytes=4 * (HV * K * V) + sizes.element * rows["conv1d"] * (width - 1),
@@ -204,6 +207,7 @@ def mamba2_cost(sizes: Sizes) -> LayerCost:
         flops=2 * linear + 6 * inner * N,
         executed_flops=6 * linear + chunked,
         activation_bytes=sizes.input_bytes + kept * sizes.element + local["A_log"] * 3 * 4,
+        largest_parameter=h * local["in_proj"],
         matrix_parameters=h * (local["in_proj"] + local["out_proj"]),
         # B and C too, where ranks share a group.
         split_parameters=h * (local["out_proj"] + (2 * groups * N // tp if groups % tp else 0)),
@@ -259,6 +263,7 @@ def attention_cost(sizes: Sizes, number: int) -> LayerCost:
         # The backward pass multiplies scores once more, and four products instead of two.
         executed_flops=6 * linear + 14 * heads * size * scored / sizes.sequence_length,
         activation_bytes=sizes.input_bytes + kept * sizes.element + held * 4,
+        largest_parameter=round(h * rows),
         matrix_parameters=round(h * (rows + held * size)),
         split_parameters=round(h * (held * size + (rows if rows % size else 0))),
         state_bytes=2 * groups * size * cached * sizes.element,
@@ -289,6 +294,7 @@ def mlp_cost(sizes: Sizes) -> LayerCost:
         flops=6 * h * inner,
         executed_flops=18 * h * inner,
         activation_bytes=sizes.input_bytes + 3 * inner * sizes.element / tp,
+        largest_parameter=2 * h * inner // tp,
         matrix_parameters=3 * h * inner // tp,
         split_parameters=3 * h * inner // tp,
         column_linears=1,
@@ -306,6 +312,7 @@ def embedding_cost(sizes: Sizes, vocab_size: int) -> LayerCost:
         flops=0.0,
         executed_flops=0.0,
         activation_bytes=8,
+        largest_parameter=parameters // sizes.tensor,
         row_linears=1,
     )
 
@@ -322,6 +329,7 @@ def output_cost(sizes: Sizes, vocab_size: int) -> LayerCost:
         executed_flops=6 * vocab_size * h,
         # Logits and their softmax in float32.
         activation_bytes=sizes.input_bytes + vocab_size / tp * (sizes.element + 4),
+        largest_parameter=weights // tp,
         column_linears=1,
     )
 

@@ -124,18 +124,37 @@ def check(config, cost, groups: dict) -> None:
 
 @pytest.mark.parametrize(
     "parallel, precision",
-    [(dict(tensor=2), "fp32"), (dict(tensor=2, sequence=True), "bf16"), ({}, "bf16")],
-    ids=["tensor", "tensor, sequence, bf16", "data, bf16"],
+    [(dict(tensor=2), "fp32"), (dict(tensor=2, sequence=True), "bf16"), (dict(distributed_optimizer=False), "bf16")],
+    ids=["tensor", "tensor, sequence, bf16", "data, bf16, not sharded"],
 )
 def test_what_a_step_of_muon_sends_and_keeps(parallel, precision):
-    """Parts of matrices to tensor-parallel ranks, results to data-parallel ones; momentum in place of two moments."""
-    parallel = dict(overlap=False, distributed_optimizer=False) | parallel
+    """Parts of matrices to tensor-parallel ranks; momentum in place of two moments."""
+    check(*muon(parallel, precision), dict(tensor_model_parallel_size=parallel.get("tensor", 1)))
+
+
+def muon(parallel: dict, precision: str, **model):
+    """A run of two processes, and its costs."""
     training = TRAINING | dict(precision=precision)
-    config = run_config("M-G-S-*-", parallel=parallel, training=training, **WIDE)
+    config = run_config("M-G-S-*-", parallel=dict(overlap=False) | parallel, training=training, **(WIDE | model))
     config.optimizer.name = "muon"
-    tensor = parallel.get("tensor", 1)
-    cost = model_cost(config, vocab_size=VOCABULARY, data_parallel=2 // tensor)
-    check(config, cost, dict(tensor_model_parallel_size=tensor))
+    return config, model_cost(config, vocab_size=VOCABULARY, data_parallel=2 // parallel.get("tensor", 1))
+
+
+@pytest.mark.parametrize(
+    "precision, model",
+    [("fp32", {}), ("bf16", {}), ("bf16", dict(vocab_multiple=4096))],
+    ids=["fp32", "bf16", "an embedding larger than a share"],
+)
+def test_what_data_parallel_ranks_of_muon_send_and_keep(precision, model):
+    """Gradients to all, updated weights from their owners; states of whole parameters, together those of one rank."""
+    config, cost = muon({}, precision, **model)
+    alone = model_cost(config, vocab_size=VOCABULARY).memory_bytes(0)["optimizer"]
+    found = pool(2).run(one_step, config, groups={})
+    for sent, _ in found:
+        assert sent["data"] == pytest.approx(cost.communication_bytes(0)["data"], rel=0.02)
+    kept = [kept["optimizer"] for _, kept in found]
+    assert sum(kept) == pytest.approx(alone, rel=0.02)
+    assert max(kept) == pytest.approx(cost.memory_bytes(0)["optimizer"], rel=0.07)  # parameters are not cut
 
 
 def saved_bytes(config):

@@ -29,7 +29,8 @@ class ParallelConfig:
     state_exchange: Literal["all_gather", "scan"] = "all_gather"
     """How recurrent states pass between context-parallel ranks: one step, or log2 of the ranks in less memory."""
     distributed_optimizer: bool = True
-    """Shard optimizer states over data-parallel and context-parallel ranks."""
+    """Shard optimizer states over data-parallel and context-parallel ranks: in equal slices, with Muon by whole
+    parameters."""
     overlap: bool = True
     """Overlap gradient reduction and parameter gathering with computation."""
 

@@ -31,6 +31,11 @@ class Config:
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
 
+    @property
+    def slices_optimizer(self) -> bool:
+        """Whether Megatron's distributed optimizer gives ranks equal slices of gradients; Muon needs whole matrices."""
+        return self.parallel.distributed_optimizer and self.optimizer.name != "muon"
+
     def __post_init__(self):
         model, parallel, training = self.model, self.parallel, self.training
         if model.ffn_hidden_size % parallel.tensor:
@@ -126,15 +131,10 @@ class Config:
                 "optimizer.name (muon) needs engine.name=megatron and has deepspeed, whose ZeRO cuts weights at places "
                 "that are no bounds of matrices: use the engine megatron, or optimizer.name=adamw."
             )
-        if self.parallel.distributed_optimizer:
-            raise ValueError(
-                "parallel.distributed_optimizer (true) must be false with optimizer.name=muon: it gives every rank a "
-                "part of the gradients, and Muon needs whole matrices."
-            )
         if self.fp8.param_gather:
             raise ValueError(
-                "fp8.param_gather (true) must be false with optimizer.name=muon: weights in FP8 are made by the "
-                "distributed optimizer, which Muon does not go with."
+                "fp8.param_gather (true) must be false with optimizer.name=muon: weights in FP8 are made by "
+                "Megatron's distributed optimizer, which Muon does not go with."
             )
 
     def _check_context(self) -> None:

@@ -64,9 +64,9 @@ class MegatronEngine:
             host_config,
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
-                use_distributed_optimizer=config.parallel.distributed_optimizer,
+                use_distributed_optimizer=config.slices_optimizer,
                 overlap_grad_reduce=overlap,
-                overlap_param_gather=overlap and config.parallel.distributed_optimizer,
+                overlap_param_gather=overlap and config.slices_optimizer,
             ),
             Float16Module(host_config, model) if dtype is torch.bfloat16 else model,
         )
@@ -75,7 +75,7 @@ class MegatronEngine:
         host_config.finalize_model_grads_func = finalize_model_grads
         if overlap:
             host_config.no_sync_func = wrapped.no_sync
-        if overlap and config.parallel.distributed_optimizer:
+        if overlap and config.slices_optimizer:
             host_config.param_sync_func = wrapped.start_param_sync
         return cls(
             config=config,
@@ -138,7 +138,8 @@ class MegatronEngine:
         max_norm = self.config.optimizer.clip_grad
         if max_norm > 0.0:
             for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
-                clip_grad_by_total_norm_fp32(optimizer.get_parameters(), max_norm=max_norm, total_norm=grad_norm)
+                if params := optimizer.get_parameters():  # Apex's kernel takes no empty list
+                    clip_grad_by_total_norm_fp32(params, max_norm=max_norm, total_norm=grad_norm)
         self.optimizer.step_with_ready_grads()
         self.scheduler.step(self.config.training.global_batch_size)
         return grad_norm

@@ -26,10 +26,10 @@ head. A row has no directions that could be balanced, and all rows as one matrix
 heads to each other: gates want AdamW's step for each number.
 
 Tensor parallelism changes nothing: heads lie whole on a rank; what does not (fc1, and weights split along their inputs)
-is gathered, each rank makes the whole orthogonal and takes its part. Data-parallel ranks, which all have the same
-momentum, share the work out by weights and send each other the results: five iterations on a weight of m x n, m <= n,
-are 5 (4 m m n + 2 m m m) FLOPs, which 64 ranks that all did them would spend more time on than on a step of 0.5 M
-tokens at m = 2048.
+is gathered, each rank makes the whole orthogonal and takes its part. Of data parallelism this file knows nothing: each
+weight is given to one rank (megatron_gdn/training/owners.py), as five iterations on a weight of m x n, m <= n, are
+5 (4 m m n + 2 m m m) FLOPs, which 64 ranks that all did them would spend more time on than on a step of 0.5 M tokens at
+m = 2048.
 """
 
 import math
@@ -165,10 +165,10 @@ def update_scale(rule: str, rows: int, columns: int) -> float:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon over the weights of one rank.
+    """Muon over the weights that a rank updates.
 
     Args:
-        groups: parameter groups.
+        groups: parameter groups, which may be empty.
         layouts: of every parameter of all groups, in order; parameters may be replaced by master weights later.
         lr: learning rate.
         momentum: mu.
@@ -176,8 +176,7 @@ class Muon(torch.optim.Optimizer):
         coefficients, num_steps: see `newton_schulz`.
         scale: see `update_scale`.
         dtype: of the products and of what ranks send each other.
-        tp_group: tensor-parallel ranks.
-        dp_group: ranks that hold the same shards, and share the work out.
+        tp_group: tensor-parallel ranks, which update parts of the same weights.
     """
 
     def __init__(
@@ -193,38 +192,25 @@ class Muon(torch.optim.Optimizer):
         scale: str,
         dtype: torch.dtype,
         tp_group: dist.ProcessGroup,
-        dp_group: dist.ProcessGroup,
     ):
         super().__init__(groups, dict(lr=lr, weight_decay=0.0))
         self.layouts = list(layouts)
         self.momentum, self.nesterov, self.scale = momentum, nesterov, scale
         self.coefficients, self.num_steps = coefficients, num_steps
-        self.dtype, self.tp_group, self.dp_group = dtype, tp_group, dp_group
-        params = [param for group in self.param_groups for param in group["params"]]
-        for param in params:
+        self.dtype, self.tp_group = dtype, tp_group
+        for param in (param for group in self.param_groups for param in group["params"]):
             # Before the first step, so that a checkpoint has it; Megatron's wrapper moves it to the master weight.
             self.state[param] = {"momentum_buffer": torch.zeros_like(param, dtype=torch.float32)}
-        shapes = [param.shape for param in params]
-        self.owners = deal_out(
-            [newton_schulz_flops(*pair) for pair in zip(layouts, shapes, strict=True)], dp_group.size()
-        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update every parameter from its `grad`; collective."""
+        """Update every parameter from its `grad`; collective over tensor-parallel ranks."""
         pairs = [(group, param) for group in self.param_groups for param in group["params"]]
-        work = list(zip(pairs, self.layouts, self.owners, strict=True))
-        done: dict[int, Tensor] = {}
-        for i, ((_, param), layout, owner) in enumerate(work):
+        for (group, param), layout in zip(pairs, self.layouts, strict=True):
             buffer = self.state[param]["momentum_buffer"]
             buffer.lerp_(param.grad, 1 - self.momentum)
-            if owner == self.dp_group.rank():
-                update = param.grad.lerp(buffer, self.momentum) if self.nesterov else buffer
-                done[i] = self.orthogonal(update, layout)
-        for i, ((group, param), layout, owner) in enumerate(work):
-            direction = done.pop(i) if i in done else torch.empty_like(param, dtype=self.dtype)
-            if self.dp_group.size() > 1:
-                dist.broadcast(direction, group=self.dp_group, group_src=owner)
+            update = param.grad.lerp(buffer, self.momentum) if self.nesterov else buffer
+            direction = self.orthogonal(update, layout)
             param.mul_(1 - group["lr"] * group["weight_decay"])
             param.add_(direction * self._scales(layout, param), alpha=-group["lr"])
 
@@ -275,20 +261,3 @@ def newton_schulz_flops(layout: Layout, shape: torch.Size) -> float:
         small, large = sorted((part.matrix_rows, columns))
         total += part.count * (4 * small * small * large + 2 * small**3)
     return total
-
-
-def deal_out(costs: Sequence[float], num_ranks: int) -> list[int]:
-    """Who does what: the dearest first, each to the rank that has least; the same on every rank.
-
-    Args:
-        costs: of the pieces of work.
-        num_ranks: to share them.
-
-    Returns:
-        The rank of each piece.
-    """
-    owners, loads = [0] * len(costs), [0.0] * num_ranks
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        owners[i] = loads.index(min(loads))
-        loads[owners[i]] += costs[i]
-    return owners

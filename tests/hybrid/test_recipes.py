@@ -143,3 +143,20 @@ def test_a_recipes_header_states_its_parameters(path):
     cost = model_cost(config, vocab_size=config.model.vocab_size or 4096)
     stated = f"# Parameters: {cost.parameters:,}, {cost.parameters_without_embeddings:,} without embeddings."
     assert stated in path.read_text()
+
+
+def test_the_muon_recipe_states_its_costs():
+    """On 8 GPUs, beside the recipe that differs in the optimizer only."""
+    text = (RECIPES / "h1_1.3b_muon.yaml").read_text()
+    with_muon, with_adamw = (
+        parse_config(yaml.safe_load((RECIPES / f"{name}.yaml").read_text())) for name in ("h1_1.3b_muon", "h1_1.3b")
+    )
+    assert with_muon.model == with_adamw.model and with_muon.training == with_adamw.training
+    muon, adamw = (model_cost(config, vocab_size=32000, data_parallel=8) for config in (with_muon, with_adamw))
+    kept, kept_by_adamw = (cost.memory_bytes(0)["optimizer"] / 2**30 for cost in (muon, adamw))
+    sent, sent_by_adamw = (cost.communication_bytes(0)["data"] / 2**30 for cost in (muon, adamw))
+    stated = (
+        f"# Each of 8 GPUs keeps {kept:.2f} GiB of optimizer states, under AdamW {kept_by_adamw:.2f}, and sends "
+        f"{sent:.2f} GiB per step, under AdamW {sent_by_adamw:.2f}."
+    )
+    assert stated in text

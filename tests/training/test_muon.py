@@ -25,7 +25,7 @@ HYBRIDS = {
 
 
 def muon(parallel: dict | None = None, training: dict | None = None, **model):
-    config = run_config(parallel=dict(distributed_optimizer=False) | (parallel or {}), training=training, **model)
+    config = run_config(parallel=parallel, training=training, **model)
     config.optimizer.name = "muon"
     return config
 
@@ -119,7 +119,6 @@ def filled_up(dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     optimizer = Muon(
         [{"params": [weight]}], [layout], lr=0.1, momentum=0.9, nesterov=True, coefficients=COEFFICIENTS, num_steps=5,
         scale="original", dtype=torch.float32, tp_group=parallel_state.get_tensor_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
     )  # fmt: skip
     update = torch.randn(weight.shape)
     return update, optimizer.orthogonal(update, layout)
@@ -152,12 +151,10 @@ def against_torch(scale: str, nesterov: bool) -> bool:
         ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
         size = shape[dim]
         layout = Layout(dim=dim, parts=(Matrices(num_rows=size, count=1, matrix_rows=size),))
-        groups = dict(
-            tp_group=parallel_state.get_tensor_model_parallel_group(), dp_group=parallel_state.get_data_parallel_group()
-        )
+        tp_group = parallel_state.get_tensor_model_parallel_group()
         options = dict(lr=0.1, momentum=0.9, nesterov=nesterov)
         own = Muon([{"params": [ours], "weight_decay": 0.2}], [layout], coefficients=COEFFICIENTS, num_steps=5,
-                   scale=scale, dtype=torch.bfloat16, **options, **groups)  # fmt: skip
+                   scale=scale, dtype=torch.bfloat16, tp_group=tp_group, **options)  # fmt: skip
         reference = torch.optim.Muon([theirs], weight_decay=0.2, adjust_lr_fn=scale, **options)
         for step in range(4):
             ours.grad = torch.randn(shape, generator=torch.Generator().manual_seed(step))
@@ -190,8 +187,11 @@ CASES = {
     "tp2 sp": (2, dict(tensor=2, sequence=True), {}),
     "pp2": (2, dict(pipeline=2), {}),
     "dp2": (2, {}, {}),
+    "dp4": (4, {}, {}),
     "cp2": (2, dict(context=2), {}),
+    "cp2 dp2": (4, dict(context=2), {}),
     "tp2 dp2": (4, dict(tensor=2, sequence=True), {}),
+    "pp2 dp2": (4, dict(pipeline=2), {}),
     "tp2, heads that it does not divide": (2, dict(tensor=2), UNEVEN),
     "tp2, ranks that share a group of Mamba2": (2, dict(tensor=2), HYBRIDS["H2"]),
     "tp4, ranks that hold parts of a head": (4, dict(tensor=4), SHARED_KEYS),
@@ -218,33 +218,6 @@ def test_layouts_equal_one_process(one_process, case):
     reference = one_process(model)
     for result in pool(size).run(train_steps, muon(parallel, **model), groups=groups_of(parallel)):
         compare(result, reference, tolerance=1e-6)  # weights within 2e-5: float32 sums, times 3.4445 ** 5, times lr
-
-
-def test_data_parallel_ranks_share_the_work():
-    for owners, calls in pool(2).run(count_orthogonal, muon(), groups={}):
-        assert 0 < calls < len(owners)
-    assert sum(calls for _, calls in pool(2).run(count_orthogonal, muon(), groups={})) == len(owners)
-
-
-def count_orthogonal(config) -> tuple[list[int], int]:
-    """Owners of the weights, and how many weights this rank made orthogonal in a step."""
-    from megatron_gdn.training.engine import MegatronEngine
-    from tests.training.test_engine import run_steps
-
-    engine = MegatronEngine.build(config, vocab_size=VOCABULARY, device=torch.device("cpu"))
-    optimizer = engine.optimizer.chained_optimizers[1].optimizer
-    calls, original = [], optimizer.orthogonal
-    optimizer.orthogonal = lambda *args: calls.append(1) or original(*args)
-    run_steps(engine, range(1))
-    return optimizer.owners, len(calls)
-
-
-def test_work_is_dealt_out_evenly():
-    from megatron_gdn.training.muon import deal_out
-
-    costs = [4.0, 1.0, 3.0, 3.0, 1.0, 2.0]
-    owners = deal_out(costs, 2)
-    assert [sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in (0, 1)] == [7.0, 7.0]
 
 
 MUONS = {
@@ -369,7 +342,6 @@ def test_nan_ends_the_run_before_the_update():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"parallel": {"distributed_optimizer": True}}, r"distributed_optimizer \(true\) must be false with"),
         ({"engine": {"name": "deepspeed"}}, r"optimizer.name \(muon\) needs engine.name=megatron and has deepspeed"),
         (
             {"fp8": {"recipe": "tensorwise", "param_gather": True}, "model": {"provider": "te"}},
