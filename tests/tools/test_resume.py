@@ -19,9 +19,10 @@ ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("PREPROCESS_KILLS", "4"))
 
 
-def start(corpus, tokenizer, prefix, stderr=subprocess.DEVNULL, **options) -> subprocess.Popen:
+def start(corpus, tokenizer, prefix, engine="auto", stderr=subprocess.DEVNULL, **options) -> subprocess.Popen:
     command = [sys.executable, "-m", "tools.preprocess.tokenize_corpus", "--input", str(corpus), "--append-eod"]
     command += ["--tokenizer", str(tokenizer), "--output-prefix", str(prefix), "--workers", "2", "--unit-mb", "0.2"]
+    command += ["--engine", engine]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr, **options)
 
 
@@ -169,10 +170,13 @@ def test_skipped_records_fail_when_fail_is_asked(tokenizer, tmp_path):
     assert tokenize(path, tokenizer, tmp_path / "out") == 1
 
 
-@pytest.mark.parametrize("moment", ["importing", "tokenizing"])
-def test_interrupted_run_says_so_and_goes_on(large, tokenizer, tmp_path, moment):
-    """Control-C reaches the main process and its children: while the one imports that workers come from, and later."""
-    process = start(large, tokenizer, tmp_path / "out", stderr=subprocess.PIPE, start_new_session=True)
+@pytest.mark.parametrize("moment, engine", [("importing", "auto"), ("tokenizing", "auto"), ("tokenizing", "reference")])
+def test_interrupted_run_says_so_and_goes_on(large, tokenizer, tmp_path, moment, engine):
+    """Control-C reaches the main process and its children: while the one imports that workers come from, and later.
+
+    On the tokenizer's own library there are threads and no children.
+    """
+    process = start(large, tokenizer, tmp_path / "out", engine, subprocess.PIPE, start_new_session=True)
     # First the resource tracker of multiprocessing, then the server.
     while len(children(process.pid)) < 2 if moment == "importing" else not list(tmp_path.glob("out.work/*.json")):
         assert process.poll() is None
@@ -182,7 +186,7 @@ def test_interrupted_run_says_so_and_goes_on(large, tokenizer, tmp_path, moment)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 130 and errors == b"stopped: the same command goes on from here\n", errors
-    assert tokenize(large, tokenizer, tmp_path / "out", "--unit-mb", "0.2") == 0
+    assert tokenize(large, tokenizer, tmp_path / "out", "--unit-mb", "0.2", "--engine", engine) == 0
     assert dataset_bytes(tmp_path / "out") == dataset_bytes(large.with_name("whole"))
     assert moment == "importing" or summary_of(tmp_path / "out")["units_resumed"] > 0
 

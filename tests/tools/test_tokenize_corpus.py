@@ -132,7 +132,9 @@ def test_shards_merged_equal_one_run(corpus, tokenizer, tmp_path):
     assert manifest_of(tmp_path / "merged") == one
 
 
-@pytest.mark.parametrize("total, unit_bytes", [(0, 250_000), (16e6, 250_000), (64e6, 1_000_000), (4e9, 32_000_000)])
+@pytest.mark.parametrize(
+    "total, unit_bytes", [(0, 1_000_000), (32e6, 1_000_000), (128e6, 2_000_000), (4e9, 32_000_000)]
+)
 def test_units_are_a_64th_of_the_input(total, unit_bytes):
     """Of all files together, within bounds that a slow engine and a kill set."""
     part = Source(path="a.jsonl", kind="jsonl", compression="", num_bytes=int(total) // 4, version="")

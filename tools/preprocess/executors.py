@@ -1,4 +1,8 @@
-"""Who runs `tokenize_unit`: this process, a pool of processes, or tasks of a Ray cluster; the bytes are the same."""
+"""Who runs `tokenize_unit`: this process, a pool of processes, or tasks of a Ray cluster; the bytes are the same.
+
+A tokenizer's own library is run on several threads of a process: they share its tables and its cache, and two take less
+than half of the time of one, where two processes with tables of their own do not.
+"""
 
 import multiprocessing
 import os
@@ -17,16 +21,73 @@ from tools.preprocess.sources import InputError, Unit
 
 # What a worker imports anyway.
 _IMPORTS = ["tools.preprocess.shards", "tools.preprocess.merge_datasets", "tqdm", "gigatoken", "orjson"]
-# Units under way per worker, so that none waits and a failure stops soon.
+# Above that, threads begin to wait for Python's lock.
+_MAX_THREADS = 4
+# Units under way per process, so that none waits and a failure stops soon.
 _AHEAD = 2
 
 Results = Iterator[tuple[int, dict[str, Any]]]
 
 
-def run_here(units: list[Unit], specification: Specification, folder: Path) -> Results:
-    """Position and record of each unit, one after the other in this process."""
+class Local:
+    """Cores of this machine: this process, or a pool of processes that lives until another kind of engine is used.
+
+    Args:
+        workers: cores to use.
+        num_units: of the input; there are no more processes than that.
+    """
+
+    def __init__(self, workers: int, num_units: int):
+        self._workers, self._num_units = workers, num_units
+        self._shape, self._pool = (1, 1), None
+
+    def __enter__(self) -> "Local":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._pool:
+            self._pool.__exit__(*error)
+            self._pool = None
+
+    def start(self, engine: str) -> None:
+        """Start the processes for an engine, if there are to be several."""
+        shape = divide_workers(self._workers, engine, self._num_units)
+        if shape == self._shape:
+            return
+        self.__exit__(None, None, None)
+        self._shape = shape
+        if shape[0] > 1:
+            self._pool = Pool(*shape).__enter__()
+
+    def prepare(self, specification: Specification) -> None:
+        """Let every process make ready for a specification that is likely to come."""
+        self.start(specification.engine)
+        if self._pool:
+            self._pool.prepare(specification)
+
+    def run(self, units: list[Unit], specification: Specification, folder: Path) -> Results:
+        """Position and record of each unit as they are done.
+
+        Raises:
+            InputError: a process was killed.
+        """
+        self.start(specification.engine)
+        if self._pool:
+            return self._pool.run(units, specification, folder)
+        return _run_here(units, specification, folder, threads=self._shape[1])
+
+
+def divide_workers(workers: int, engine: str, num_units: int) -> tuple[int, int]:
+    """Processes, and threads of each, for a number of cores and the engine of a specification."""
+    if engine == "gigatoken":
+        return min(workers, num_units), 1
+    processes = -(-workers // _MAX_THREADS)
+    return min(processes, num_units), -(-workers // processes)
+
+
+def _run_here(units: list[Unit], specification: Specification, folder: Path, threads: int) -> Results:
     for i, unit in enumerate(units):
-        yield i, tokenize_unit(unit, specification, folder)
+        yield i, tokenize_unit(unit, specification, folder, threads)
 
 
 class Pool:
@@ -36,8 +97,8 @@ class Pool:
     itself would have the locks of its threads.
     """
 
-    def __init__(self, workers: int):
-        self._workers = workers
+    def __init__(self, processes: int, threads: int):
+        self._processes, self._threads = processes, threads
         self._interrupted, self._starting = threading.Event(), False
 
     def __enter__(self) -> "Pool":
@@ -46,7 +107,7 @@ class Pool:
             self._before = signal.signal(signal.SIGINT, self._interrupt)
         _start_server()
         context = multiprocessing.get_context("forkserver")
-        self._executor = ProcessPoolExecutor(self._workers, mp_context=context, initializer=_start_worker)
+        self._executor = ProcessPoolExecutor(self._processes, mp_context=context, initializer=_start_worker)
         return self
 
     def __exit__(self, *error) -> None:
@@ -56,7 +117,7 @@ class Pool:
 
     def prepare(self, specification: Specification) -> None:
         """Let every process make ready for a specification that is likely to come."""
-        for _ in range(self._workers):
+        for _ in range(self._processes):
             self._submit(prepare, specification)
 
     def run(self, units: list[Unit], specification: Specification, folder: Path) -> Results:
@@ -68,9 +129,9 @@ class Pool:
         pending, waiting = {}, iter(enumerate(units))
         try:
             while True:
-                while len(pending) < self._workers * _AHEAD and (following := next(waiting, None)):
+                while len(pending) < self._processes * _AHEAD and (following := next(waiting, None)):
                     i, unit = following
-                    pending[self._submit(tokenize_unit, unit, specification, folder)] = i
+                    pending[self._submit(tokenize_unit, unit, specification, folder, self._threads)] = i
                 if not pending:
                     return
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
@@ -107,12 +168,25 @@ def _start_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def run_ray(units: list[Unit], specification: Specification, folder: Path) -> Results:
-    """Position and record of each unit as they are done, by Ray tasks of one CPU each.
+class RayCluster:
+    """Ray tasks of one CPU each.
 
     The cluster is that of RAY_ADDRESS, or this machine. Its nodes must see the inputs and the output's folder under the
     same paths, and have this package.
     """
+
+    def start(self, engine: str) -> None:
+        """Nothing: a cluster's processes are there."""
+
+    def prepare(self, specification: Specification) -> None:
+        """Nothing."""
+
+    def run(self, units: list[Unit], specification: Specification, folder: Path) -> Results:
+        """Position and record of each unit as they are done."""
+        return _run_ray(units, specification, folder)
+
+
+def _run_ray(units: list[Unit], specification: Specification, folder: Path) -> Results:
     ray = require("ray", extra="ray", purpose="--executor ray")
     started = not ray.is_initialized()
     if started:

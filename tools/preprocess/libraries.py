@@ -1,6 +1,10 @@
-"""Tokenizers of three libraries behind one class each: `tokenizers`, SentencePiece and tiktoken, the references."""
+"""Tokenizers of three libraries behind one class each: `tokenizers`, SentencePiece and tiktoken, the references.
+
+`encode` and `encode_as_text` may be called by several threads: all three let go of Python's lock while they compute.
+"""
 
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -29,7 +33,7 @@ class HuggingFaceTokenizer:
     library = "tokenizers"
 
     def __init__(self, folder: Path):
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallel over processes, not over threads in each
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads are those of `tokenize_unit`
         self.model = load_tokenizer(folder)
         self.file = folder / "tokenizer.json"
         self.sha256 = hashlib.sha256(self.file.read_bytes()).hexdigest()
@@ -49,11 +53,13 @@ class HuggingFaceTokenizer:
 
     def encode_as_text(self, text: str) -> list[int]:
         """Ids of a text whose special tokens are plain text."""
-        self.model.encode_special_tokens = True
-        try:
-            return self.model.encode(text, add_special_tokens=False).ids
-        finally:
-            self.model.encode_special_tokens = False
+        return self._as_text.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _as_text(self) -> Tokenizer:
+        model = Tokenizer.from_str(self.model.to_str())  # its own: other threads encode with `model` meanwhile
+        model.encode_special_tokens = True
+        return model
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids, skip_special_tokens=False)

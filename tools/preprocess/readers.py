@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import tarfile
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple
@@ -44,6 +45,23 @@ class Batch:
     texts: list[str] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+
+    def divide(self, num_characters: int) -> Iterator["Batch"]:
+        """The same records in parts of about so many characters; a problem is with the records around it."""
+        ends, room = [], num_characters
+        for i, text in enumerate(self.texts):
+            room -= len(text)
+            if room <= 0:
+                ends.append(i + 1)
+                room = num_characters
+        begin, problems = 0, deque(sorted(self.problems, key=lambda problem: problem.number))
+        for end in ends:
+            part = Batch(texts=self.texts[begin:end], numbers=self.numbers[begin:end])
+            while problems and problems[0].number < part.numbers[-1]:
+                part.problems.append(problems.popleft())
+            yield part
+            begin = end
+        yield Batch(texts=self.texts[begin:], numbers=self.numbers[begin:], problems=list(problems))
 
 
 class UnitReader:

@@ -8,6 +8,8 @@ import os
 import re
 import resource
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,11 @@ _KEPT_PROBLEMS = 100
 # Of every so many bytes of text, so many characters are compared with the reference: 1 or 2 % of the time.
 _CHECKED_EVERY = 2**23
 _CHECKED_CHARACTERS = 2000
+# What a thread encodes at a time, or one longer text.
+_THREADS_CHARACTERS = 2**15
+
+# A batch, the ids and lengths of its documents, and the bytes of their texts.
+_Encoded = tuple[Batch, np.ndarray, np.ndarray, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +68,14 @@ def key_of(unit: Unit, specification: Specification) -> str:
     return hashlib.sha256(facts.encode()).hexdigest()[:24]
 
 
-def tokenize_unit(unit: Unit, specification: Specification, folder: Path) -> dict[str, Any]:
+def tokenize_unit(unit: Unit, specification: Specification, folder: Path, threads: int = 1) -> dict[str, Any]:
     """Tokenize a unit, or find it done.
 
     Writes `<key>.bin`, `<key>.idx` and, last, the record `<key>.json` into the folder. A result that is there already
     counts only if its checksums match.
+
+    Args:
+        threads: that encode; above 1 only where the engine is the tokenizer's own library. The result is the same.
 
     Returns:
         The record: what `contents` says of the files; `key`; `records` read; `text_bytes`; `sha256` of the unit's
@@ -93,8 +103,7 @@ def tokenize_unit(unit: Unit, specification: Specification, folder: Path) -> dic
     writer = IndexedWriter(names["bin"], names["idx"], optimal_dtype(specification.vocab_size))
     counts, examples, text_bytes, damaged = Counter(), [], 0, None
     try:
-        for batch in reader:
-            ids, lengths, num_bytes = encoder.encode(batch, unit.source.path)
+        for batch, ids, lengths, num_bytes in encoder.encode_all(reader, unit.source.path, threads):
             text_bytes += num_bytes
             writer.add(ids, lengths)
             counts.update(problem.kind for problem in batch.problems)
@@ -140,6 +149,29 @@ class _Encoder:
         self._special = SpecialTokens([] if allow else list(self._reference.special_tokens))
         self._dtype = optimal_dtype(specification.vocab_size)
         self._unchecked = _CHECKED_EVERY
+
+    def encode_all(self, reader: Iterable[Batch], place: str, threads: int) -> Iterator[_Encoded]:
+        """Batches in their order, or their parts, with ids and lengths of the documents and bytes of their texts."""
+        if threads == 1:
+            for batch in reader:
+                yield batch, *self.encode(batch, place)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                under_way = []
+                for batch in reader:
+                    before, under_way = under_way, self._submit(batch, place, pool)
+                    yield from ((part, *future.result()) for part, future in before)
+                yield from ((part, *future.result()) for part, future in under_way)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _submit(self, batch: Batch, place: str, pool: ThreadPoolExecutor) -> list[tuple[Batch, Future]]:
+        """The parts of a batch under way, the longest first, so that the threads end together."""
+        parts = list(batch.divide(_THREADS_CHARACTERS))
+        by_length = sorted(range(len(parts)), key=lambda i: -sum(map(len, parts[i].texts)))
+        futures = {i: pool.submit(self.encode, parts[i], place) for i in by_length}
+        return [(part, futures[i]) for i, part in enumerate(parts)]
 
     def encode(self, batch: Batch, place: str) -> tuple[np.ndarray, np.ndarray, int]:
         """Ids and lengths of the documents, and bytes of their texts; what gives no document joins batch.problems."""

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 KINDS = {".jsonl": "jsonl", ".txt": "txt", ".parquet": "parquet", ".tar": "tar"}
 COMPRESSIONS = {".gz": "gz", ".xz": "xz", ".zst": "zst"}
 # Slow engines take half a second for the least, and a kill costs seconds of the fast one at most.
-_MIN_UNIT_BYTES, _MAX_UNIT_BYTES = 250_000, 32_000_000
+_MIN_UNIT_BYTES, _MAX_UNIT_BYTES = 1_000_000, 32_000_000
 FORMATS = ".jsonl, .txt, .tar, each also .gz, .xz or .zst, and .parquet"
 
 

@@ -19,7 +19,6 @@ import shutil
 import sys
 import time
 from collections import Counter, defaultdict
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from megatron_gdn.training.indexed import DatasetError, check_dataset
 from tools.preprocess.encode import ENGINES, choose_engine, engine_version
-from tools.preprocess.executors import Pool, run_here, run_ray
+from tools.preprocess.executors import Local, RayCluster, Results
 from tools.preprocess.indexed import Output, contents, optimal_dtype, write_json
 from tools.preprocess.libraries import open_tokenizer
 from tools.preprocess.merge_datasets import concatenate_records
@@ -70,10 +69,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--on-error", choices=("fail", "skip"), default="fail", help="what a bad record or file does; skip counts them")
     add("--max-document-mb", type=float, default=8.0, help="longer lines and texts are bad records")
     add("--engine", choices=ENGINES, default="auto", help="auto: gigatoken if it gives the same ids on a sample")
-    add("--workers", type=int, default=_usable_cores(), help="processes that tokenize")
+    add("--workers", type=int, default=_usable_cores(), help="cores that tokenize, all by default")
     add("--executor", choices=("local", "ray"), default="local", help="processes here, or tasks of a Ray cluster")
     add("--unit-mb", type=float, default=None, help="how large files are cut, a kill loses at most this per worker; "
-        "default: a 64th of the input, 0.25 to 32")  # fmt: skip
+        "default: a 64th of the input, 1 to 32")  # fmt: skip
     add("--num-shards", type=int, default=1, help="how many commands share the work")
     add("--shard-index", type=int, default=0, help="which of them this is, from 0")
     return parser.parse_args(argv)
@@ -124,13 +123,15 @@ def tokenize(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     unit_bytes = default_unit_bytes(sources) if arguments.unit_mb is None else int(arguments.unit_mb * 1e6)
     units = plan_units(sources, unit_bytes)
     mine = units_of_shard(units, arguments.num_shards, arguments.shard_index)
-    workers = min(arguments.workers, len(mine)) if arguments.executor == "local" else 1
-    with Pool(workers) if workers > 1 else nullcontext() as pool:
-        return _tokenize_keys(units, mine, pool, arguments)
+    if arguments.executor == "ray":
+        return _tokenize_keys(units, mine, RayCluster(), arguments)
+    with Local(arguments.workers, len(mine)) as executor:
+        executor.start(arguments.engine if arguments.engine == "reference" else "gigatoken")
+        return _tokenize_keys(units, mine, executor, arguments)
 
 
 def _tokenize_keys(
-    units: list[Unit], mine: list[Unit], pool: Pool | None, arguments: argparse.Namespace
+    units: list[Unit], mine: list[Unit], executor: Local | RayCluster, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """A dataset of this shard's units for each key; engines are chosen on all units, so alike in every shard."""
     tokenizer = open_tokenizer(arguments.tokenizer, allow_special=arguments.special_in_text == "allow")
@@ -153,22 +154,25 @@ def _tokenize_keys(
             special_in_text=arguments.special_in_text,
             max_document_bytes=int(arguments.max_document_mb * 1e6),
         )
-        if pool:
-            pool.prepare(specification)  # while it is found out here whether that engine can be used
+        executor.prepare(specification)  # while it is found out here whether that engine can be used
         engine, reason = choose_engine(tokenizer, arguments.engine, _sample(units, key, arguments))
         print(f"engine: {engine_version(engine)} ({reason})")
         specification = replace(specification, engine=engine)
         prefix = arguments.output_prefix + (f"_{key}" if len(arguments.text_key) > 1 else "")
         if arguments.num_shards > 1:
             prefix += f"-{arguments.shard_index:05d}-of-{arguments.num_shards:05d}"
-        manifests.append(make_dataset(mine, specification, prefix, pool, arguments))
+        manifests.append(make_dataset(mine, specification, prefix, executor, arguments))
     return manifests
 
 
 def make_dataset(
-    units: list[Unit], specification: Specification, prefix: str, pool: Pool | None, arguments: argparse.Namespace
+    units: list[Unit],
+    specification: Specification,
+    prefix: str,
+    executor: Local | RayCluster,
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Tokenize units into one dataset, in a pool, on Ray or in this process; its manifest.
+    """Tokenize units into one dataset, here or on a cluster; its manifest.
 
     Raises:
         InputError: see `tokenize`.
@@ -185,7 +189,7 @@ def make_dataset(
     with Output(prefix) as output:
         work.mkdir(parents=True, exist_ok=True)
         run = _Run(units, arguments.on_error)
-        records = run.collect(specification, work, pool, arguments.executor)
+        records = run.collect(executor.run(units, specification, work))
         left_out = {units[i].source.path for i, record in enumerate(records) if record["damaged"]}
         used = [i for i, unit in enumerate(units) if unit.source.path not in left_out and records[i]["documents"]]
         if not used:
@@ -220,20 +224,15 @@ class _Run:
         self.resumed = self.tokens = self.text_bytes = 0
         self.rss_mb = 0.0
 
-    def collect(
-        self, specification: Specification, work: Path, pool: Pool | None, executor: str
-    ) -> list[dict[str, Any]]:
+    def collect(self, results: Results) -> list[dict[str, Any]]:
         """Records in the order of the units.
+
+        Args:
+            results: position and record of each unit as they are done.
 
         Raises:
             InputError: something bad under --on-error fail, by file and line.
         """
-        if executor == "ray":
-            results = run_ray(self.units, specification, work)
-        elif pool:
-            results = pool.run(self.units, specification, work)
-        else:
-            results = run_here(self.units, specification, work)
         records: list[Any] = [None] * len(self.units)
         total, start = sum(unit.end - unit.start for unit in self.units), time.monotonic()
         quiet = not sys.stderr.isatty()
