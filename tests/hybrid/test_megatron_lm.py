@@ -16,7 +16,7 @@ MAMBA = dict(mamba_num_heads=3, mamba_head_dim=8, mamba_state_dim=12, mamba_num_
 
 
 def host_config(**overrides):
-    """What core_transformer_config_from_args makes of the command in README.md, at these widths."""
+    """What core_transformer_config_from_args makes of the command in megatron_gdn/hybrid/README.md, at these widths."""
     from megatron.core import parallel_state
     from megatron.core.transformer.transformer_config import TransformerConfig
     from torch.nn import functional as F

@@ -33,7 +33,7 @@ WIDTHS = dict(
 )
 MAMBA = dict(mamba_num_heads=4, mamba_head_dim=16, mamba_state_dim=12, mamba_num_groups=1)
 
-# As in README.md, and below what a CPU, mock data and no fused kernels need.
+# As in megatron_gdn/hybrid/README.md, and below what a CPU, mock data and no fused kernels need.
 MODEL = """--num-layers {LAYERS} --swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope
     --attention-dropout 0 --hidden-dropout 0 --window-size 19,0 --seq-length {TOKENS}
     --max-position-embeddings {TOKENS} --micro-batch-size 2 --global-batch-size 4 --train-iters {STEPS} --lr 1e-2
@@ -138,7 +138,9 @@ def test_checkpoint_of_pretrain_gpt_is_exported(checkout, tmp_path, name):
 
 def test_command_of_the_readme_is_one_of_megatron_lms(checkout):
     """Its parser knows every option."""
-    command = re.search(r"pretrain_gpt\.py (--spec .*?)\n```", Path("README.md").read_text(), re.DOTALL)[1]
+    command = re.search(
+        r"pretrain_gpt\.py (--spec .*?)\n```", Path("megatron_gdn/hybrid/README.md").read_text(), re.DOTALL
+    )[1]
     program = (
         "import sys; sys.path.insert(0, sys.argv.pop(1))\n"
         "from megatron.training.arguments import parse_args\n"
