@@ -18,8 +18,8 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from megatron_gdn.config import Config, parse_config
-from tests.bench.fp8_curves import RESULTS, SAMPLES, TOKENS, corpus, join_alone, losses
+from megatron_gdn.config import Config
+from tests.bench.tiny_h1 import RESULTS, SAMPLES, TOKENS, corpus, join_alone, losses, tiny_h1
 
 RATES = [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
 LAST = 20
@@ -28,37 +28,13 @@ LAST = 20
 
 def config(optimizer: str, lr: float, steps: int) -> Config:
     """H1 of four layers in float32."""
-    return parse_config(
-        {
-            "run": {"output_dir": "unused", "device": "cpu"},
-            "data": {"train": ["unused"]},
-            "model": {
-                "pattern": "(G-S-)x2",
-                "hidden_size": 64,
-                "ffn_hidden_size": 160,
-                "linear_num_key_heads": 2,
-                "linear_num_value_heads": 2,
-                "linear_key_head_dim": 32,
-                "linear_value_head_dim": 64,
-                "num_attention_heads": 2,
-                "sliding_attention": {"window": 32},
-                "initialization": "paper",
-            },
-            "parallel": {"distributed_optimizer": False},
-            "optimizer": {
-                "name": optimizer,
-                "lr": lr,
-                "min_lr": 0.1 * lr,
-                "warmup_tokens": TOKENS * SAMPLES * 10,
-            },
-            "training": {
-                "sequence_length": TOKENS,
-                "micro_batch_size": SAMPLES,
-                "global_batch_size": SAMPLES,
-                "train_tokens": TOKENS * SAMPLES * steps,
-                "precision": "fp32",
-            },
-        }
+    schedule = {"lr": lr, "min_lr": 0.1 * lr, "warmup_tokens": TOKENS * SAMPLES * 10}
+    return tiny_h1(
+        "(G-S-)x2",
+        steps,
+        precision="fp32",
+        optimizer={"name": optimizer, **schedule},
+        parallel={"distributed_optimizer": False},
     )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron_gdn.config import ConfigError, MuonConfig
 from megatron_gdn.sections import gated_delta_net_sections
-from tests.bench import fp8_curves, muon_curves
+from tests.bench import muon_curves, tiny_h1
 from tests.ranks import pool
 from tests.training.test_deepspeed import two_steps
 from tests.training.test_engine import VOCABULARY, compare, run_config, step_with_nan, train_steps
@@ -326,10 +326,10 @@ def test_momentum_goes_to_other_layouts(tmp_path, first, second, sizes):
 def test_loss_falls_at_least_as_fast_as_under_adamw():
     """60 steps of a tiny H1, AdamW at the learning rate that served it best in tests/bench/results/muon.json."""
     best = json.loads((muon_curves.RESULTS / "muon.json").read_text())["best_lr"]["adamw"]
-    text, ends = fp8_curves.corpus(), {}
+    text, ends = tiny_h1.corpus(), {}
     for name in ("adamw", "muon"):
         config = muon_curves.config(name, float(best), 60)
-        [losses] = pool(1).run(fp8_curves.losses, config, text, name, groups={})
+        [losses] = pool(1).run(tiny_h1.losses, config, text, name, groups={})
         ends[name] = muon_curves.last_losses({best: losses})[best]
     assert ends["muon"] < ends["adamw"] < 3.5  # nats per byte; 5.5 at the start
 
