@@ -1,27 +1,25 @@
-"""Other people's files: historic and hybrid folders of fla, experts, lit_gpt, Megatron-LM, settings nobody knows."""
+"""Other people's files: historic and hybrid folders of fla, experts, Megatron-LM, settings nobody knows."""
 
 import argparse
 import json
 import re
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from megatron_gdn.config import load_config
 from tests.ranks import pool
 from tests.tools import checkpoints
 from tests.training.test_engine import run_config
-from tools.convert import hf_to_megatron, lit_gpt_to_megatron, megatron_to_hf, own, verify
+from tools.convert import hf_to_megatron, megatron_to_hf, own, verify
 from tools.convert.architecture import Architecture, expected_shapes
 from tools.convert.checkpoint import MegatronCheckpoint
 from tools.convert.errors import ConvertError
 from tools.convert.formats import REFUSED, choose_format, read_architecture
-from tools.convert.lit_gpt import TABLE as LIT_GPT
 from tools.convert.megatron_lm import SPECS, architecture_of_args
 
 PURE = dict(pattern="G-G-", linear_num_key_heads=2, linear_num_value_heads=4)
@@ -172,6 +170,7 @@ SETTINGS = {
         )
         for layers in ([7], [-1], [1, 1], [1.0])
     },
+    "a text": (dict(hidden_size="wide"), r"cannot be built: hidden_size \('wide'\): input should be a valid integer"),
     "no number": (dict(head_dim=float("nan")), "describes a model that cannot be built: cannot convert float NaN"),
     "endless": (dict(num_hidden_layers=10**9), r"num_hidden_layers \(1000000000\) must be a whole number from 1 to"),
     "null that is not false": (dict(use_short_conv=None), r"use_short_conv \(None\) must be True"),
@@ -375,80 +374,3 @@ def test_arguments_of_this_projects_specs():
         assert "S" not in found.symbols or found.model.sliding_attention.window == 2048
         if "M" in found.symbols:
             assert {key: getattr(found.model, key) for key in mamba} == mamba
-
-
-# ---- lit_gpt
-
-
-@pytest.fixture
-def lit_gpt(tmp_path):
-    """A file, a recipe, and the weights that they hold; written from the names that formats are known by."""
-    model = dict(
-        pattern="G-S-",
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-        num_query_groups=None,
-        sliding_attention=dict(window=20),
-        tie_embeddings=True,
-        vocab_multiple=2,
-    )
-    described = checkpoints.architecture(model)
-    ours = unpadded(checkpoints.random_weights(described))
-    state = {}
-    for link in LIT_GPT.links(described):
-        state |= dict(zip(link.theirs, link.to_theirs(*(ours[key] for key in link.ours)), strict=True))
-    state["lm_head.weight"] = state["transformer.wte.weight"]
-    state["transformer.h.0.attn.b_proj.bias"] = torch.zeros(2)
-    state["transformer.h.0.attn.D"] = torch.ones(2)
-    recipe = tmp_path / "recipe.yaml"
-    values = asdict(load_config(Path("examples/recipes/h1_0.4b.yaml")))
-    values["model"] = asdict(described.model)
-    recipe.write_text(yaml.safe_dump(values))
-
-    def save(state=state, **more):
-        torch.save({"model": state, "hparams": {"lr": 1e-3}, "iter_num": 5} | more, tmp_path / "iter-model-ckpt.pth")
-        return ["--file", str(tmp_path / "iter-model-ckpt.pth"), "--recipe", str(recipe)]
-
-    return save, state, ours
-
-
-def test_lit_gpt_file(lit_gpt, tmp_path, capsys):
-    save, state, ours = lit_gpt
-    assert lit_gpt_to_megatron.main([*save(), "--output", str(tmp_path / "ours")]) == 0
-    assert "left out: transformer.h.0.attn.D (the layer does not read it)" in capsys.readouterr().out
-    assert_equal(ours, weights(tmp_path / "ours"))
-    assert state["transformer.h.1.attn.attn.weight"].shape == (96, 32)  # three times four heads of eight
-
-
-def test_bias_of_beta_is_refused_unless_zero(lit_gpt, tmp_path, capsys):
-    save, state, ours = lit_gpt
-    state["transformer.h.0.attn.b_proj.bias"] += 0.25
-    command = [*save(), "--output", str(tmp_path / "ours")]
-    assert lit_gpt_to_megatron.main(command) == 1
-    assert "b_proj.bias is not zero (up to 0.25), and no layer here has" in capsys.readouterr().err
-    assert lit_gpt_to_megatron.main([*command, "--drop", "*.b_proj.bias"]) == 0
-    assert_equal(ours, weights(tmp_path / "ours"))
-
-
-def test_recipe_of_another_model_is_refused(lit_gpt, tmp_path, capsys):
-    save, *_ = lit_gpt
-    command = [*save(), "--output", str(tmp_path / "ours")]
-    for name, reason in (("h2_0.4b", "no Mamba2 layers"), ("qwen3_next_style", "sliding windows only")):
-        command[3] = f"examples/recipes/{name}.yaml"
-        assert lit_gpt_to_megatron.main(command) == 1
-        assert reason in capsys.readouterr().err
-    command[3] = "examples/recipes/h1_0.4b.yaml"
-    assert lit_gpt_to_megatron.main(command) == 1
-    assert "the checkpoint lacks transformer.h.1" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["gdn_0.4b", "gdn_1.3b", "h1_0.4b", "h1_1.3b"])
-def test_recipes_have_the_parameters_of_lit_gpts_models(name):
-    """Published counts, less the bias of beta and D, which lit_gpt has in each Gated DeltaNet layer beside them."""
-    counts = {"gdn_0.4b": 516_838_028, "h1_0.4b": 530_765_016, "gdn_1.3b": 1_309_295_776, "h1_1.3b": 1_316_608_452}
-    model = load_config(Path(f"examples/recipes/{name}.yaml")).model
-    described = Architecture(model=model)
-    shapes = expected_shapes(described).values()
-    found = sum(torch.Size([size or 32000 for size in shape]).numel() for shape in shapes)
-    # Per layer: a bias and a D of 9 heads.
-    assert counts[name] - found in (9 * described.symbols.count("G"), 18 * described.symbols.count("G"))
