@@ -80,6 +80,10 @@ def test_id_outside_the_vocabulary_is_found(dataset, tmp_path, capsys):
 def test_wrong_arguments(corpus, dataset, tokenizer, tmp_path, capsys):
     assert inspect_dataset.main([str(tmp_path / "nothing")]) == 1
     assert "nothing.bin does not exist: build it with" in capsys.readouterr().err
+    assert inspect_dataset.main([str(dataset), "--documents", "-1"]) == 2
+    assert "--documents (-1) must be at least 1" in capsys.readouterr().err
+    assert inspect_dataset.main([str(dataset), "--histogram", str(tmp_path / "no/x.png")]) == 2
+    assert "no/x.png) must be in a folder that exists" in capsys.readouterr().err
     assert inspect_dataset.main([str(dataset), "--tokenizer", str(tmp_path)]) == 2
     assert "must be a folder with tokenizer.json" in capsys.readouterr().err
     settings = json.loads((tokenizer / "tokenizer.json").read_text())

@@ -166,6 +166,8 @@ def test_split_onto_itself(dataset, tmp_path, capsys):
     prefix = tmp_path / "train"
     for suffix in ("bin", "idx", "json"):
         Path(f"{prefix}.{suffix}").write_bytes(Path(f"{dataset}.{suffix}").read_bytes())
+    assert split_dataset.main([str(dataset), "--shares", "9,1", "--output-dir", f"{prefix}.bin"]) == 2
+    assert "train.bin) must be a folder: name another" in capsys.readouterr().err
     assert split_dataset.main([str(prefix), "--shares", "9,1", "--output-dir", str(tmp_path)]) == 2
     assert "would replace" in capsys.readouterr().err and dataset_bytes(prefix) == dataset_bytes(dataset)
 
@@ -201,6 +203,8 @@ def test_wrong_arguments_of_merge(parts, tmp_path, capsys):
     assert "a dataset is named twice" in capsys.readouterr().err
     assert merge(parts, parts[0]) == 2
     assert "must not be one of the inputs" in capsys.readouterr().err
+    assert merge(parts, tmp_path / "out", "--shuffle-seed", "-1") == 2
+    assert "--shuffle-seed (-1) must be at least 0" in capsys.readouterr().err
     assert merge([str(tmp_path / "nothing")], tmp_path / "out") == 1
     assert "nothing.bin does not exist" in capsys.readouterr().err
 

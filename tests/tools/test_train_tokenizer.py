@@ -1,7 +1,10 @@
 """Training tokenizers: deterministic, exact, loadable in transformers, clear about wrong input."""
 
+import io
+import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,22 @@ def test_small_corpus_gives_fewer_ids(tmp_path, capsys):
     assert f"{size} ids; the text has no more of the 5000 asked for" in capsys.readouterr().out and size < 300
 
 
+def test_fields_of_tar_samples_are_those_of_lines(tmp_path):
+    texts = ["aaaa bbbb", "abab abab"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i, text in enumerate(texts):
+            content = json.dumps({"body": text}).encode()
+            member = tarfile.TarInfo(f"{i}.json")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    for name in ("a.jsonl", "a.tar"):
+        to = ["--output", str(tmp_path / name[2:]), "--vocab-size", "262", "--text-key", "body", "--tar-field", "json"]
+        assert train_tokenizer.main(["--input", str(tmp_path / name), *to]) == 0
+    ours, theirs = ((tmp_path / name / "tokenizer.json").read_bytes() for name in ("tar", "jsonl"))
+    assert ours == theirs
+
+
 @pytest.mark.parametrize(
     "options, code, message",
     [
@@ -41,6 +60,7 @@ def test_small_corpus_gives_fewer_ids(tmp_path, capsys):
         (["--input", "nothing*.jsonl"], 2, "--input (nothing*.jsonl) names no file"),
         (["--text-key", "body"], 1, "corpus.jsonl line 1: no text under --text-key (body); the record has: text, id"),
         (["--output", __file__], 2, "test_train_tokenizer.py) must be a folder"),
+        (["--output", f"{__file__}/x"], 2, f"cannot be made in {__file__}: name another folder"),
     ],
 )
 def test_wrong_arguments(corpus, tmp_path, capsys, options, code, message):

@@ -155,6 +155,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.histogram and (len(arguments.prefixes) > 1 or arguments.histogram.suffix != ".png"):
             raise ArgumentError(f"--histogram ({arguments.histogram}) must be a .png, and of one dataset.")
+        if arguments.histogram and not arguments.histogram.parent.is_dir():
+            raise ArgumentError(f"--histogram ({arguments.histogram}) must be in a folder that exists.")
+        if arguments.documents < 1:
+            raise ArgumentError(f"--documents ({arguments.documents}) must be at least 1.")
         for prefix in arguments.prefixes:
             files = check_dataset(without_suffix(prefix))
             print(describe(files))

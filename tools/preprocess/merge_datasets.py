@@ -173,6 +173,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shuffle-seed", type=int, default=None, help="put all documents into a random order")
     arguments = parser.parse_args(argv)
     try:
+        if arguments.shuffle_seed is not None and arguments.shuffle_seed < 0:
+            raise ArgumentError(f"--shuffle-seed ({arguments.shuffle_seed}) must be at least 0.")
         inputs = {Path(without_suffix(prefix)) for prefix in arguments.prefixes}
         if len(inputs) < len(arguments.prefixes):
             raise ArgumentError("a dataset is named twice: name every one once (of .bin and .idx only one).")

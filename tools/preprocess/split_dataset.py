@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         prefix = without_suffix(arguments.prefix)
         if Path(prefix).absolute() in [(arguments.output_dir / name).absolute() for name in PARTS]:
             raise ArgumentError(f"--output-dir ({arguments.output_dir}) would replace {prefix}: name another folder.")
+        if arguments.output_dir.exists() and not arguments.output_dir.is_dir():
+            raise ArgumentError(f"--output-dir ({arguments.output_dir}) must be a folder: name another.")
         counts = split(prefix, shares, arguments.output_dir)
     except (ArgumentError, DatasetError, InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

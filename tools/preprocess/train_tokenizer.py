@@ -19,12 +19,13 @@ END_OF_DOCUMENT, PADDING = "<|endoftext|>", "<|pad|>"
 _MAX_DOCUMENT_BYTES = 2**27
 
 
-def train(sources: list[Source], *, text_key: str, vocab_size: int) -> Tokenizer:
+def train(sources: list[Source], *, text_key: str, vocab_size: int, tar_field: str = "txt") -> Tokenizer:
     """Byte-level BPE without normalisation, so every text comes back exactly; deterministic.
 
     Args:
         sources: from `find_sources`.
-        text_key: key of the text in JSON lines.
+        text_key: key of the text in JSON, column of parquet files.
+        tar_field: of a WebDataset sample that holds the text; "json" takes `text_key` of it.
         vocab_size: ids, with the 256 bytes and two special tokens; a small corpus gives fewer.
 
     Raises:
@@ -39,15 +40,17 @@ def train(sources: list[Source], *, text_key: str, vocab_size: int) -> Tokenizer
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator(_texts(sources, text_key), trainer)
+    tokenizer.train_from_iterator(_texts(sources, text_key, tar_field), trainer)
     return tokenizer
 
 
-def _texts(sources: list[Source], text_key: str) -> Iterator[str]:
+def _texts(sources: list[Source], text_key: str, tar_field: str) -> Iterator[str]:
     for source in sources:
         unit = Unit(source=source, start=0, end=source.num_bytes)
         try:
-            for batch in UnitReader(unit, text_key=text_key, tar_field="txt", max_document_bytes=_MAX_DOCUMENT_BYTES):
+            for batch in UnitReader(
+                unit, text_key=text_key, tar_field=tar_field, max_document_bytes=_MAX_DOCUMENT_BYTES
+            ):
                 if batch.problems:
                     _, number, message = batch.problems[0]
                     raise InputError(f"{source.place(number)}: {message}")
@@ -77,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--input", nargs="+", required=True, help=f"files or patterns: {FORMATS}")
     parser.add_argument("--output", type=Path, required=True, help="folder of the tokenizer, in Hugging Face's form")
     parser.add_argument("--vocab-size", type=int, required=True, help="ids, at least 258")
-    parser.add_argument("--text-key", default="text", help="key of the text in JSON lines")
+    parser.add_argument("--text-key", default="text", help="key of the text in JSON lines, column of parquet files")
+    parser.add_argument("--tar-field", default="txt", help="of each tar sample: its text, or json with --text-key")
     arguments = parser.parse_args(argv)
     try:
         if arguments.vocab_size < 258:
@@ -86,7 +90,15 @@ def main(argv: list[str] | None = None) -> int:
             )
         if arguments.output.exists() and not arguments.output.is_dir():
             raise ArgumentError(f"--output ({arguments.output}) must be a folder: name another.")
-        tokenizer = train(find_sources(arguments.input), text_key=arguments.text_key, vocab_size=arguments.vocab_size)
+        parent = next(path for path in (arguments.output.absolute() / "_").parents if path.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise ArgumentError(f"--output ({arguments.output}) cannot be made in {parent}: name another folder.")
+        tokenizer = train(
+            find_sources(arguments.input),
+            text_key=arguments.text_key,
+            vocab_size=arguments.vocab_size,
+            tar_field=arguments.tar_field,
+        )
         save(tokenizer, arguments.output)
     except (ArgumentError, InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
