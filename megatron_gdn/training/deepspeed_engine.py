@@ -131,7 +131,7 @@ class DeepSpeedStates:
         """Take the model's weights as the new master weights."""
         from deepspeed.utils import safe_set_full_fp32_param
 
-        with gathered(self.wrapped, self.params):
+        with gathered(self.params):
             for param in self.params:
                 safe_set_full_fp32_param(param, param.detach().float())
 
@@ -194,11 +194,10 @@ def _is_sharded(param: torch.nn.Parameter) -> bool:
     return hasattr(param, "ds_id") or hasattr(param, "_hp_mapping")
 
 
-def gathered(wrapped, params: list[torch.nn.Parameter], *, modify: bool = False) -> AbstractContextManager:
+def gathered(params: list[torch.nn.Parameter], *, modify: bool = False) -> AbstractContextManager:
     """Whole parameters inside the block, where ZeRO 3 shards them.
 
     Args:
-        wrapped: DeepSpeed's engine.
         params: of the model.
         modify: the block changes them, alike on every rank.
     """
@@ -295,7 +294,7 @@ class DeepSpeedEngine(MegatronEngine):
 
     def gathered(self, *, modify: bool = False) -> AbstractContextManager:
         """Whole parameters inside the block, see the function of this name."""
-        return gathered(self.wrapped, self.optimizer.params, modify=modify)
+        return gathered(self.optimizer.params, modify=modify)
 
     def save_deepspeed(self, folder: Path, info: dict[str, Any]) -> None:
         """Write DeepSpeed's own checkpoint, which `deepspeed.checkpoint.ds_to_universal` converts; collective.
