@@ -52,7 +52,17 @@ def parse_config(values: dict) -> Config:
     try:
         return TypeAdapter(Config).validate_python(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+        raise ConfigError(explain(error, Config)) from None
+
+
+def explain(error: ValidationError, what: type) -> str:
+    """A line for each wrong value: value, rule, and for an unknown key the near ones.
+
+    Args:
+        error: of pydantic.
+        what: the section, or the whole configuration, that was validated.
+    """
+    return "\n".join(_explain(item, what) for item in error.errors())
 
 
 def dump_config(config: Config) -> str:
@@ -77,12 +87,11 @@ def _apply_override(values: dict, override: str) -> None:
         raise ConfigError(f"override ({override!r}) has a value that is not YAML: {error}") from error
 
 
-def _explain(error: dict) -> str:
-    """One line for one of pydantic's errors: value, rule, and for an unknown key the near ones."""
+def _explain(error: dict, what: type) -> str:
     location = [str(part) for part in error["loc"]]
     name = ".".join(location) or "configuration"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _known_keys(location[:-1])
+        known = _known_keys(location[:-1], what)
         near = difflib.get_close_matches(location[-1], known, n=3, cutoff=0.5) or known
         prefix = ".".join(location[:-1])
         names = ", ".join(f"{prefix}.{key}" if prefix else key for key in near)
@@ -97,8 +106,7 @@ def _explain(error: dict) -> str:
     return f"{name} ({error['input']!r}): {lower_first(message)}."
 
 
-def _known_keys(location: list[str]) -> list[str]:
-    known: Any = Config
+def _known_keys(location: list[str], known: Any) -> list[str]:
     for part in location:
         known = next((field.type for field in fields(known) if field.name == part), None)
         if not is_dataclass(known):

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_gdn.config import ModelConfig
+from megatron_gdn.config.load import explain
 from megatron_gdn.training.restricted import UnsafeCheckpointError, named_global, read_metadata
 from tools.convert.architecture import Architecture, Experts
 from tools.convert.errors import ConvertError
@@ -197,7 +198,10 @@ class MegatronCheckpoint:
                 experts = self.info.get("experts")
                 return Architecture(model=model, experts=experts and TypeAdapter(Experts).validate_python(experts))
             except ValidationError as error:
-                raise ConvertError(f"{self.path / 'info.json'} describes no model of this version: {error}") from error
+                problems = explain(error, ModelConfig)
+                raise ConvertError(
+                    f"{self.path / 'info.json'} describes no model of this version: {problems}"
+                ) from error
         if self.args:
             return architecture_of_args(self.args)
         raise ConvertError(
@@ -217,6 +221,11 @@ class MegatronCheckpoint:
             return self.info["vocabulary"]["size"]
         size, _ = vocabulary_of_args(self.args)
         return size or self.shape("embedding.word_embeddings.weight")[0]
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """Of its matrices; gates and norms may be wider."""
+        return self.dtype("embedding.word_embeddings.weight")
 
     @property
     def eod_id(self) -> int | None:

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_gdn.config import ModelConfig
+from megatron_gdn.config.load import explain
 from tools.convert import fla, own, qwen
 from tools.convert.architecture import Architecture, Experts
 from tools.convert.errors import ConvertError
@@ -185,5 +186,8 @@ def read_architecture(config: HfConfig, ignored: Collection[str] = ()) -> tuple[
         raise ConvertError(f"config.json lacks {error}: it is not a configuration of {name}.") from error
     except ConvertError:
         raise
-    except (ValidationError, ValueError, TypeError, AttributeError, OverflowError) as error:
+    except ValidationError as error:
+        problems = explain(error, ModelConfig)
+        raise ConvertError(f"config.json describes a model that cannot be built: {problems}") from error
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ConvertError(f"config.json describes a model that cannot be built: {error}") from error

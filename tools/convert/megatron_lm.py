@@ -13,6 +13,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_gdn.config import ModelConfig
+from megatron_gdn.config.load import explain
 from megatron_gdn.training.restricted import UnsafeCheckpointError
 from tools.convert.architecture import Architecture, Experts
 from tools.convert.errors import ConvertError
@@ -169,7 +170,8 @@ def architecture_of_args(args: dict[str, Any]) -> Architecture:
     except KeyError as error:
         raise ConvertError(f"Megatron-LM's arguments lack {error}: nothing says what the weights mean.") from error
     except ValidationError as error:
-        raise ConvertError(f"Megatron-LM's arguments describe a model that cannot be built: {error}") from error
+        problems = explain(error, ModelConfig)
+        raise ConvertError(f"Megatron-LM's arguments describe a model that cannot be built: {problems}") from error
 
 
 def _architecture(args: dict[str, Any]) -> Architecture:
