@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 
 from megatron_gdn.config import ConfigError
-from megatron_gdn.training.inference import load_model, saved_config, single_process
+from megatron_gdn.training.evaluation import TASKS, finds_needle, loss_at_length, needle_samples
+from megatron_gdn.training.indexed import DatasetError, check_dataset
+from megatron_gdn.training.inference import inference_config, load_model
 from megatron_gdn.training.restricted import UnsafeCheckpointError
 from megatron_gdn.training.setup import Launch, choose_device, ignore_host_warnings, init_distributed, shutdown
 from tools.convert.checkpoint import MegatronCheckpoint
@@ -56,9 +58,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("nothing to evaluate: give --data, --niah, or both")
     if arguments.niah and not arguments.tokenizer:
         parser.error("--niah needs --tokenizer")
+    if wrong := set(arguments.niah) - set(TASKS):
+        parser.error(f"--niah ({min(wrong)}) must be tasks among {', '.join(map(str, TASKS))}")
+    if set(arguments.niah) - {1} and not arguments.haystack:
+        parser.error(f"--niah {max(arguments.niah)} needs --haystack, a text to hide needles in")
+    if arguments.output and not arguments.output.parent.is_dir():
+        parser.error(f"--output ({arguments.output}) must be a file in a folder that exists")
     if min(arguments.tokens, arguments.batch_size, arguments.samples) < 1:
         parser.error("--tokens, --batch-size and --samples must be at least 1")
     return arguments
+
+
+def read_haystack(path: Path) -> str:
+    """The text to hide needles in; raises ArgumentError where there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"--haystack ({path}) must be a text in UTF-8: {error}.") from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,16 +82,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     try:
-        ignore_host_warnings()
-        from megatron_gdn.training.evaluation import finds_needle, loss_at_length, needle_samples
-        from megatron_gdn.training.indexed import DatasetError, check_dataset
-    except ImportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
         checkpoint = MegatronCheckpoint(arguments.checkpoint)
-        config = single_process(saved_config(checkpoint.info, checkpoint.path), arguments.device)
-        length = config.training.sequence_length
+        length = checkpoint.sequence_length
+        config = inference_config(
+            checkpoint.model, sequence_length=length, dtype=checkpoint.weights_dtype, device=arguments.device
+        )
         lengths = sorted(arguments.lengths or [length // 2, length, 2 * length])
         tokens = check_dataset(arguments.data).tokens() if arguments.data else None
         if tokens is not None:
@@ -87,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
                     f"the longest of --lengths ({lengths[-1]}) needs one more than itself."
                 )
             tokens = tokens[:usable]
-        text = arguments.haystack.read_text() if arguments.haystack else None
+        text = read_haystack(arguments.haystack) if arguments.haystack else None
         samples = {}
         if arguments.niah:
             tokenizer = load_tokenizer(arguments.tokenizer)
@@ -103,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
                     samples[task, size] = list(
                         needle_samples(task, size, arguments.samples, seed=arguments.seed, **options)
                     )
+        ignore_host_warnings()
         device = choose_device(config, Launch(rank=0, world_size=1, local_rank=0))
     except (
         ArgumentError,
@@ -115,6 +127,8 @@ def main(argv: list[str] | None = None) -> int:
     ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    from megatron_gdn.training.checkpoint import CheckpointError  # imports Megatron-Core, which takes seconds
+
     init_distributed(config, Launch(rank=0, world_size=1, local_rank=0), device)
     found: dict[str, dict[int, float]] = {}
     try:
@@ -128,6 +142,9 @@ def main(argv: list[str] | None = None) -> int:
         for (task, size), needles in samples.items():
             hits = [finds_needle(model, sample, vocab_size=vocab_size, device=device) for sample in needles]
             found.setdefault(f"s-niah-{task}", {})[size] = sum(hits) / len(hits)
+    except (CheckpointError, UnsafeCheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     finally:
         shutdown()
     print("length".ljust(12), *(f"{size:>9}" for size in lengths))

@@ -8,14 +8,15 @@ convert with tools.convert.megatron_to_hf. --temperature 0 takes the most likely
 
 import argparse
 import logging
+import math
 import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_gdn.config import ConfigError, load_config
-from megatron_gdn.training.inference import load_model, saved_config, single_process
+from megatron_gdn.config import ConfigError
+from megatron_gdn.training.inference import inference_config, load_model
 from megatron_gdn.training.restricted import UnsafeCheckpointError
 from megatron_gdn.training.setup import Launch, choose_device, ignore_host_warnings, init_distributed, shutdown
 from megatron_gdn.training.tokenizer import tokenizer_beside
@@ -72,11 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--checkpoint", type=Path, required=True, help="step folder, checkpoints folder, or folder of a run")
     add("--tokenizer", type=Path, help="folder with tokenizer.json; default: the one beside the checkpoint")
     add("--prompt", required=True, help="text to continue")
-    add("--config", type=Path, help="recipe; default: the configuration in the checkpoint")
-    add("--max-new-tokens", type=int, default=64)
-    add("--temperature", type=float, default=0.8)
-    add("--top-k", type=int, default=40)
-    add("--seed", type=int, default=0)
+    add("--max-new-tokens", type=int, default=64, help="most tokens to add; an end of document stops before")
+    add("--temperature", type=float, default=0.8, help="divides the logits; 0 takes the likeliest token")
+    add("--top-k", type=int, default=40, help="choose among this many tokens; 0 among all")
+    add("--seed", type=int, default=0, help="of the choice")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
@@ -91,20 +91,28 @@ def main(argv: list[str] | None = None) -> int:
         ids = tokenizer.encode(arguments.prompt, add_special_tokens=False).ids
         if not ids:
             raise ArgumentError(f"--prompt ({arguments.prompt!r}) must hold at least one token: write some text.")
-        if arguments.temperature < 0 or arguments.top_k < 0 or arguments.max_new_tokens < 1:
+        if not 0 <= arguments.temperature < math.inf or arguments.top_k < 0 or arguments.max_new_tokens < 1:
             raise ArgumentError("--temperature and --top-k must be at least 0, --max-new-tokens at least 1.")
+        if not 0 <= arguments.seed < 2**63:
+            raise ArgumentError(f"--seed ({arguments.seed}) must be from 0 to 2**63 - 1.")
         if max(ids) >= checkpoint.vocab_size:
             raise ArgumentError(
                 f"--tokenizer ({folder}) has ids up to {max(ids)} and the model {checkpoint.vocab_size}: "
                 "give the one that made its data."
             )
-        found = load_config(arguments.config) if arguments.config else saved_config(checkpoint.info, checkpoint.path)
-        config = single_process(found, arguments.device)
+        config = inference_config(
+            checkpoint.model,
+            sequence_length=checkpoint.sequence_length,
+            dtype=checkpoint.weights_dtype,
+            device=arguments.device,
+        )
         ignore_host_warnings()
         device = choose_device(config, Launch(rank=0, world_size=1, local_rank=0))
     except (ArgumentError, ConfigError, ConvertError, UnsafeCheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    from megatron_gdn.training.checkpoint import CheckpointError  # imports Megatron-Core, which takes seconds
+
     init_distributed(config, Launch(rank=0, world_size=1, local_rank=0), device)
     try:
         tokens = generate(
@@ -117,6 +125,9 @@ def main(argv: list[str] | None = None) -> int:
             top_k=arguments.top_k,
             seed=arguments.seed,
         )
+    except (CheckpointError, UnsafeCheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     finally:
         shutdown()
     print(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))

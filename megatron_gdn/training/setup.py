@@ -152,6 +152,9 @@ def rendezvous_store(launch: Launch, *, timeout_s: float) -> dist.Store:
 
 
 def shutdown() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one, and Megatron's, so that another can be joined."""
     if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

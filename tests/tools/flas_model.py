@@ -7,7 +7,6 @@ window; and the gated delta rule goes token by token, since the chunked kernel f
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -68,20 +67,11 @@ def folder_logits(folder: Path, tokens: Tensor) -> Tensor:
 
 def training_logits(path: Path, tokens: Tensor) -> Tensor:
     """`[b, s, vocabulary]` of the model that training builds, with the weights of a checkpoint; in one rank."""
-    from megatron_gdn.config import parse_config
-    from megatron_gdn.training.inference import load_model
+    from megatron_gdn.training.inference import inference_config, load_model
     from tools.convert.checkpoint import MegatronCheckpoint
 
     found, length = MegatronCheckpoint(path), tokens.shape[1]
-    config = parse_config(
-        {
-            "run": {"output_dir": "unused"},
-            "data": {"train": ["unused"]},
-            "model": asdict(found.model),
-            "optimizer": {"lr": 1.0},
-            "training": dict(sequence_length=length, global_batch_size=1, train_tokens=length, precision="fp32"),
-        }
-    )
+    config = inference_config(found.model, sequence_length=length, dtype=torch.float32, device="cpu")
     model = load_model(found.path, config, vocab_size=found.vocab_size, device=torch.device("cpu"))
     with torch.no_grad():
         return model(tokens, torch.arange(length).expand(len(tokens), -1), None)[..., : found.vocab_size]

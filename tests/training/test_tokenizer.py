@@ -8,7 +8,7 @@ import torch
 from megatron_gdn.training.indexed import DatasetError
 from tests.training import runs
 from tests.training.test_pretrain import curve
-from tools.convert import megatron_to_hf
+from tools.convert import hf_to_megatron, megatron_to_hf
 from tools.preprocess import tokenize_corpus, train_tokenizer
 
 PROMPT = "the quick"
@@ -70,6 +70,41 @@ def test_generated_text_is_what_transformers_generates(run, tmp_path, capsys):
     found = model.generate(**ids, max_new_tokens=12, do_sample=False, eos_token_id=0)[0]
     assert ours == tokenizer.decode(found, skip_special_tokens=True)
     assert len(ours) > len(PROMPT)
+    # The weights that come back, with the model alone in their configuration, give the same text.
+    back = tmp_path / "back"
+    assert hf_to_megatron.main(["--hf", str(tmp_path / "hf"), "--output", str(back)]) == 0
+    capsys.readouterr()
+    assert generate.main(["--checkpoint", str(back), *arguments]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == ours
+    # Megatron-LM's has other keys.
+    other = ["--hf", str(tmp_path / "hf"), "--output", str(tmp_path / "other"), "--for", "megatron_lm"]
+    assert hf_to_megatron.main(other) == 0
+    tokenizer = ["--tokenizer", str(run / "checkpoints/tokenizer")]
+    assert generate.main(["--checkpoint", str(tmp_path / "other"), *arguments, *tokenizer]) == 2
+    assert "has no info.json, so this project did not write it: export" in capsys.readouterr().err
+    # A bit of the weights flips.
+    weights = next(back.rglob("*.distcp"))
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    assert generate.main(["--checkpoint", str(back), *arguments]) == 2
+    assert "has other contents than were written (SHA-256 differs)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--temperature", "nan"], "--temperature and --top-k must be at least 0"),
+        (["--temperature", "inf"], "--temperature and --top-k must be at least 0"),
+        (["--seed", str(2**64)], f"--seed ({2**64}) must be from 0 to 2**63 - 1"),
+        (["--prompt", ""], "--prompt ('') must hold at least one token"),
+    ],
+)
+def test_wrong_arguments_of_generation(run, capsys, arguments, message):
+    from examples import generate
+
+    assert generate.main(["--checkpoint", str(run), "--prompt", PROMPT, *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_wrong_tokenizers(corpus, run, tmp_path, capsys):
