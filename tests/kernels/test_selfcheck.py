@@ -33,6 +33,15 @@ def test_wrong_gradient_and_irregular_results_are_found(monkeypatch):
     assert not same and any("d weight" in problem for problem in problems) and "two runs differ" in problems
 
 
-def test_unknown_backend_is_an_error(capsys):
+def test_sums_that_cancel_are_measured_by_what_the_kernel_adds():
+    """dD of two heads is 11 and -37 there, of 33,000 products each; rounding the gradient of y alone moves it by 1."""
+    checks = selfcheck.state_space_checks(torch.device("cpu"), "torch", quick=False)
+    check = next(check for check in checks if (check.name, check.dtype) == ("ssd N 60 P 100", torch.bfloat16))
+    assert selfcheck.run_check(check)[2] == []
+
+
+def test_unknown_backends_and_devices_are_errors(capsys):
     assert selfcheck.main(["--device", "cpu", "--backend", "cuda"]) == 2
     assert "backend (cuda) must be one of" in capsys.readouterr().err
+    assert selfcheck.main(["--device", "gpu"]) == 2
+    assert "error: Expected one of cpu, cuda" in capsys.readouterr().err
