@@ -85,14 +85,20 @@ def sees_first_rank(output_dir: Path) -> bool:
 def check(config: Config, launch: Launch) -> int:
     """Run the checks on this process; the first one prints."""
     device = choose_device(config, launch)
+    output_dir = Path(config.run.output_dir)
+    try:  # before the groups, in which the others would wait for a process that failed
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe = output_dir / f".preflight-probe-{launch.rank}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"run.output_dir ({output_dir}) cannot be written: {error.strerror}.") from error
     start = time.perf_counter()
     init_distributed(config, launch, device)
     import torch.distributed as dist
 
     try:
         seconds = time.perf_counter() - start
-        output_dir = Path(config.run.output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
         mine = facts(device, output_dir) | {"sees": sees_first_rank(output_dir), "gb_per_s": reduce_speed(device)}
         everyone = [None] * launch.world_size
         dist.all_gather_object(everyone, mine)

@@ -302,6 +302,10 @@ def test_preflight_reports_a_wrong_layout(real_recipe):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
     found = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert found.returncode == 2 and "must divide the number of processes (1)" in found.stderr
+    command[-1] = f"run.output_dir={real_recipe}/run"
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert found.returncode == 2 and "recipe.yaml/run) cannot be written: Not a directory" in found.stderr
+    assert "Traceback" not in found.stderr
 
 
 def test_preflight_finds_what_differs_between_nodes():
