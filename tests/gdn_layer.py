@@ -120,11 +120,14 @@ def inputs(tokens: int = 72, batch: int = 2, seed: int = 5) -> tuple[torch.Tenso
     return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
 
 
-def loss_and_gradients(
-    sequence_parallel: bool = False, overrides: dict | None = None, **options
-) -> dict[str, torch.Tensor]:
-    """Loss, output and every gradient of one layer, put together over the ranks; `overrides` change its shape."""
-    layer = build_layer(layer_config(sequence_parallel, **(overrides or {})), **options)
+def whole_results(layer, parameters, sequence_parallel: bool) -> dict[str, torch.Tensor]:
+    """Loss, output and every gradient of a mixer on `inputs()`, put together over the ranks.
+
+    Args:
+        layer: built on this rank.
+        parameters: function that puts its parameters together, see `whole_parameters`.
+        sequence_parallel: whether each rank gets its part of the tokens.
+    """
     x, weights = inputs()
     tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     if sequence_parallel:
@@ -134,7 +137,7 @@ def loss_and_gradients(
     assert bias is None
     loss = (y * weights).sum()
     loss.backward()
-    result = {f"grad {name}": grad for name, grad in whole_parameters(layer, lambda param: param.grad).items()}
+    result = {f"grad {name}": grad for name, grad in parameters(layer, lambda param: param.grad).items()}
     result["output"] = whole(y.detach(), 0) if sequence_parallel else y.detach()
     result["grad input"] = whole(x.grad, 0) if sequence_parallel else x.grad
     total = loss.detach().clone()
@@ -142,3 +145,11 @@ def loss_and_gradients(
         dist.all_reduce(total, group=parallel_state.get_tensor_model_parallel_group())
     result["loss"] = total
     return result
+
+
+def loss_and_gradients(
+    sequence_parallel: bool = False, overrides: dict | None = None, **options
+) -> dict[str, torch.Tensor]:
+    """`whole_results` of one layer; `overrides` change its shape."""
+    layer = build_layer(layer_config(sequence_parallel, **(overrides or {})), **options)
+    return whole_results(layer, whole_parameters, sequence_parallel)

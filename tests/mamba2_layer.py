@@ -1,14 +1,13 @@
 """Functions that build and run a Mamba2 layer on the ranks of a pool, and put its pieces together again."""
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from tests.gdn_layer import whole
+from tests.gdn_layer import whole, whole_results
 
 SHAPE = dict(
     hidden_size=24,
@@ -87,33 +86,10 @@ def whole_parameters(layer, value=lambda param: param.detach()) -> dict[str, tor
     return result
 
 
-def inputs(tokens: int = 72, batch: int = 2, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states `[s, b, h]` and the weights of a scalar loss over the output; more tokens than one chunk."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (tokens, batch, SHAPE["hidden_size"])
-    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
-
-
 def loss_and_gradients(
     sequence_parallel: bool = False, overrides: dict | None = None, **options
 ) -> dict[str, torch.Tensor]:
-    """Loss, output and every gradient of one layer, put together over the ranks; `overrides` change its shape."""
+    """`whole_results` of one layer; `overrides` change its shape."""
     layer = build_layer(layer_config(sequence_parallel, **(overrides or {})), **options)
-    x, weights = inputs()
-    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
-    if sequence_parallel:
-        x, weights = (t.chunk(tp)[rank].contiguous() for t in (x, weights))
-    x.requires_grad_()
-    y, bias = layer(x)
-    assert bias is None
-    loss = (y * weights).sum()
-    loss.backward()
     assert all(param.tensor_model_parallel for param in layer.parameters())  # else the host's gradient norm is wrong
-    result = {f"grad {name}": grad for name, grad in whole_parameters(layer, lambda param: param.grad).items()}
-    result["output"] = whole(y.detach(), 0) if sequence_parallel else y.detach()
-    result["grad input"] = whole(x.grad, 0) if sequence_parallel else x.grad
-    total = loss.detach().clone()
-    if sequence_parallel:
-        dist.all_reduce(total, group=parallel_state.get_tensor_model_parallel_group())
-    result["loss"] = total
-    return result
+    return whole_results(layer, whole_parameters, sequence_parallel)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests import mamba2_layer
+from tests import gdn_layer, mamba2_layer
 from tests.mamba2_layer import SHAPE
 from tests.ranks import RankError, pool
 from tests.test_gated_delta_net import assert_close, assert_equal_results
@@ -54,7 +54,7 @@ def results_and_parameters(overrides):
 @pytest.mark.parametrize("overrides", SHAPES.values(), ids=SHAPES)
 def test_layer_equals_plain_pytorch(overrides):
     [(ours, weights)] = pool(1).run(results_and_parameters, overrides, groups={})
-    x, loss_weights = (t.double() for t in mamba2_layer.inputs())
+    x, loss_weights = (t.double() for t in gdn_layer.inputs())
     weights = {name: value.double().requires_grad_() for name, value in weights.items()}
     x.requires_grad_()
     y = plain_layer(weights, x, (SHAPE | overrides)["mamba_num_groups"])
@@ -98,7 +98,7 @@ def gradient_norm(sequence_parallel):
     config = mamba2_layer.layer_config(sequence_parallel, **ONE_GROUP)
     ddp = DistributedDataParallel(config, DistributedDataParallelConfig(), mamba2_layer.build_layer(config))
     optimizer = get_megatron_optimizer(OptimizerConfig(lr=0.0, min_lr=0.0, clip_grad=1.0), [ddp])
-    x, weights = mamba2_layer.inputs()
+    x, weights = gdn_layer.inputs()
     if sequence_parallel:
         rank, size = ddp.module.tp_rank, ddp.module.tp_size
         x, weights = (t.chunk(size)[rank].contiguous() for t in (x, weights))
@@ -214,7 +214,7 @@ def parameters_under_mixed_precision():
     )
     for param, value in zip(kept, before, strict=True):
         assert param.dtype == torch.float32 and torch.equal(param, value)  # not rounded through bfloat16 either
-    x, weights = mamba2_layer.inputs()
+    x, weights = gdn_layer.inputs()
     (ddp(x.bfloat16())[0] * weights).sum().backward()
     for param in kept:
         assert param.main_grad.dtype == torch.float32 and param.main_grad.count_nonzero() > 0
@@ -232,7 +232,7 @@ def packed_and_separate():
     from megatron.core.packed_seq_params import PackedSeqParams
 
     layer = mamba2_layer.build_layer(mamba2_layer.layer_config())
-    x, _ = mamba2_layer.inputs(tokens=96, batch=1)
+    x, _ = gdn_layer.inputs(tokens=96, batch=1)
     bounds = [0, 1, 30, 94, 96]
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
@@ -273,7 +273,7 @@ def beside_transformers_layer(overrides):
     copied = {name: ours.get_parameter(name) for name, _ in theirs.named_parameters() if name != "in_proj.weight"}
     copied["in_proj.weight"] = torch.cat([ours.in_proj.weight, ours.in_proj_dt.weight])
     theirs.load_state_dict(copied)
-    x, weights = mamba2_layer.inputs()
+    x, weights = gdn_layer.inputs()
     results = []
     for layer in (lambda x: ours(x)[0], lambda x: theirs(x.transpose(0, 1)).transpose(0, 1)):
         leaf = x.clone().requires_grad_()
@@ -408,7 +408,7 @@ def in_a_transformer_layer():
     layer = TransformerLayer(config, submodules, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
     seen = {}
     layer.self_attention.observer = seen.update
-    x, _ = mamba2_layer.inputs()
+    x, _ = gdn_layer.inputs()
     with torch.no_grad():
         y, _ = layer(x, attention_mask=None)
         by_hand = x + layer.self_attention(layer.input_layernorm(x))[0]
@@ -434,7 +434,7 @@ def build_with(**overrides):
 
 def run_with_inference_context():
     layer = mamba2_layer.build_layer(mamba2_layer.layer_config())
-    layer(mamba2_layer.inputs()[0], None, object())
+    layer(gdn_layer.inputs()[0], None, object())
 
 
 @pytest.mark.parametrize(
