@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 
 from megatron_gdn.config import Config, ConfigError, DataConfig, check_world, dump_config, load_config
@@ -65,6 +66,17 @@ def dry_run(config: Config, *, processes: int | None, as_json: bool) -> None:
     print(json.dumps(report, indent=1) if as_json else f"{dump_config(config)}\n{format_report(report)}")
 
 
+def fail(error: Exception) -> int:
+    """Print why nothing can be trained; the exit code, 2.
+
+    torchrun ends with a traceback of its own and a table of its failures, where this puts the message.
+    """
+    print(f"error: {error}", file=sys.stderr)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(path).write_text(json.dumps({"message": f"error: {error}", "timestamp": int(time.time())}))
+    return 2
+
+
 def main() -> int:
     """Run the script; 0 when training ended or was stopped, 2 for a setting that cannot work."""
     arguments = parse_arguments()
@@ -89,8 +101,7 @@ def main() -> int:
         from megatron_gdn.training.loop import pretrain
         from megatron_gdn.training.restricted import UnsafeCheckpointError
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     try:
         pretrain(config, resume=arguments.resume)
     except (
@@ -101,8 +112,7 @@ def main() -> int:
         LockError,
         MissingPackageError,
     ) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     return 0
 
 

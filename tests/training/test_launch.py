@@ -320,3 +320,13 @@ def test_preflight_finds_what_differs_between_nodes():
         "run.output_dir (runs/x) is not shared with b: use a shared folder.",
         "run.output_dir (runs/x) has 10.0 GiB free and the checkpoints take 20.0: make room or lower checkpoint.keep.",
     ]
+
+
+def test_torchrun_ends_with_the_message_of_a_wrong_setting():
+    """Behind its own traceback, which a user would read for the cause."""
+    training = "examples/pretrain.py --config examples/recipes/demo.yaml modle.hidden_size=3"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path]), "OMP_NUM_THREADS": "1"}
+    found = subprocess.run([*command, *training.split()], capture_output=True, text=True, timeout=300, env=environment)
+    summary = found.stderr.rpartition("Root Cause")[2]
+    assert found.returncode == 1 and "error: modle is not a known key: did you mean model?" in summary
