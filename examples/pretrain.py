@@ -117,4 +117,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before the first step; then it saves and ends, and a second one forces
+        print("error: stopped by Control-C: what no checkpoint has is lost", file=sys.stderr)
+        sys.exit(130)

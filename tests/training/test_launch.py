@@ -330,3 +330,21 @@ def test_torchrun_ends_with_the_message_of_a_wrong_setting():
     found = subprocess.run([*command, *training.split()], capture_output=True, text=True, timeout=300, env=environment)
     summary = found.stderr.rpartition("Root Cause")[2]
     assert found.returncode == 1 and "error: modle is not a known key: did you mean model?" in summary
+
+
+def test_control_c_before_training_is_no_traceback(tmp_path):
+    """While the script reads its recipe, a pipe that nobody fills."""
+    os.mkfifo(tmp_path / "recipe.yaml")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
+    started = subprocess.Popen(
+        [sys.executable, "examples/pretrain.py", "--config", str(tmp_path / "recipe.yaml")],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
+    with open(tmp_path / "recipe.yaml", "w"):  # waits for the reader
+        started.send_signal(signal.SIGINT)
+        _, printed = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert printed == "error: stopped by Control-C: what no checkpoint has is lost\n"
