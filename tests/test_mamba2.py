@@ -90,13 +90,14 @@ def test_tensor_parallel_equals_one_rank(one_rank, overrides, tp, sequence_paral
         assert_equal_results(result, one_rank(overrides))
 
 
-def gradient_norm(sequence_parallel):
-    """The norm as the host takes it for clipping."""
+def gradient_norms(symbol, sequence_parallel):
+    """The norm as the host takes it for clipping, of each parameter's gradient alone."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    config = mamba2_layer.layer_config(sequence_parallel, **ONE_GROUP)
-    ddp = DistributedDataParallel(config, DistributedDataParallelConfig(), mamba2_layer.build_layer(config))
+    helpers, overrides = {"G": (gdn_layer, {}), "M": (mamba2_layer, ONE_GROUP)}[symbol]
+    config = helpers.layer_config(sequence_parallel, **overrides)
+    ddp = DistributedDataParallel(config, DistributedDataParallelConfig(), helpers.build_layer(config))
     optimizer = get_megatron_optimizer(OptimizerConfig(lr=0.0, min_lr=0.0, clip_grad=1.0), [ddp])
     x, weights = gdn_layer.inputs()
     if sequence_parallel:
@@ -104,14 +105,24 @@ def gradient_norm(sequence_parallel):
         x, weights = (t.chunk(size)[rank].contiguous() for t in (x, weights))
     (ddp(x)[0] * weights).sum().backward()
     ddp.finish_grad_sync()
-    return optimizer.step()[1]
+    params = dict(ddp.module.named_parameters())
+    grads, norms = {name: param.main_grad.clone() for name, param in params.items()}, {}
+    for wanted in params:
+        for name, param in params.items():
+            param.main_grad.copy_(grads[name] if name == wanted else torch.zeros_like(grads[name]))
+        optimizer.prepare_grads()
+        norms[wanted] = float(optimizer.get_grad_norm())
+    return norms
 
 
-def test_the_hosts_gradient_norm_counts_every_row_once():
-    [expected] = pool(1).run(gradient_norm, False, groups={})
+@pytest.mark.parametrize("symbol", ["G", "M"])
+def test_the_hosts_gradient_norm_counts_every_row_once(symbol):
+    [expected] = pool(1).run(gradient_norms, symbol, False, groups={})
+    assert min(expected.values()) > 0
     for sequence_parallel in (False, True):
-        for norm in pool(2).run(gradient_norm, sequence_parallel, groups=dict(tensor_model_parallel_size=2)):
-            assert norm == pytest.approx(expected, rel=1e-5)  # sums of float32
+        groups = dict(tensor_model_parallel_size=2)
+        for norms in pool(2).run(gradient_norms, symbol, sequence_parallel, groups=groups):
+            assert norms == pytest.approx(expected, rel=1e-5)  # sums of float32
 
 
 def save_layer(path, overrides):
