@@ -273,6 +273,19 @@ def gated_without_compiling():
         return attention_layer.results(output_gate=True)
 
 
+def gate_of_a_bf16_layer():
+    layer = attention_layer.build_attention(output_gate=True)
+    x, gate = (t.bfloat16() for t in attention_layer.inputs())
+    return layer._apply_output_gate(x, gate), x.double() * gate.double().sigmoid()
+
+
+def test_output_gate_of_bfloat16_is_float32():
+    [(found, expected)] = pool(1).run(gate_of_a_bf16_layer, groups={})
+    # One rounding, of at most half of bfloat16's step.
+    torch.testing.assert_close(found.double(), expected, rtol=1.01 * 2**-8, atol=1e-9)
+    assert found.dtype == torch.bfloat16
+
+
 def test_output_gate_compiles_nothing_on_a_cpu():
     [ours] = pool(1).run(gated_without_compiling, groups={})
     assert_layer_is_plain(ours, dict(output_gate=True))
@@ -309,7 +322,8 @@ def build(overrides, options):
             dict(rotary_percent=0.5),
             "rotary_percent (0.5) of kv_channels (6) must be an even number of dimensions",
         ),
-        (dict(), dict(rotary_percent=1.5), "from 2 to 6, not 9: dimensions turn in pairs."),
+        (dict(), dict(rotary_percent=2.0), "from 2 to 6, not 12: dimensions turn in pairs."),
+        (dict(), dict(rotary_percent=0.1), "from 2 to 6, not 0: dimensions turn in pairs."),
         (dict(), dict(zero_centered_norm=True), "zero_centered_norm (True) needs qk_norm"),
         (dict(), dict(provider="apex"), "provider (apex) must be 'local' or 'te'"),
         (dict(), dict(provider="te"), "transformer_engine is needed for provider 'te' and is not inst"),

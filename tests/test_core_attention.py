@@ -92,6 +92,7 @@ def call_core(keys=TOKENS, mask_type="causal", bias=False, qkv_format=None):
         (core, dict(attention_type="cross"), "attention_type (cross) must be 'self'"),
         (core, dict(attention_dropout=0.1), "attention_dropout (0.1) must be 0.0"),
         (core, dict(config_options=dict(window_size=(6, 6))), "window_size ((6, 6)) must be (window - 1, 0): causal"),
+        (core, dict(config_options=dict(window_size=(-2, 0))), "window_size ((-2, 0)) must be (window - 1, 0): causal"),
         (core, dict(config_options=dict(window_size=(6, 0)), window=8), "window (8) and window_size ((6, 0)) differ"),
         (call_core, dict(mask_type="no_mask"), "attn_mask_type (no_mask) must be causal"),
         (call_core, dict(mask_type="padding_causal"), "attn_mask_type (padding_causal) needs packed_seq_params"),

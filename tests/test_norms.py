@@ -9,7 +9,7 @@ from tests.test_gated_delta_net import assert_close
 
 
 def zero_centered(sequence_parallel):
-    from megatron_gdn.norms import ZeroCenteredRMSNorm
+    from megatron_gdn.norms import HeadRMSNorm, ZeroCenteredRMSNorm
 
     results = []
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
@@ -21,6 +21,9 @@ def zero_centered(sequence_parallel):
         x, weights = attention_layer.inputs()
         x = x.to(dtype).requires_grad_()
         y = norm(x)
+        of_heads = HeadRMSNorm(config, 24, eps=1e-3, zero_centered=True)
+        of_heads.weight.data.copy_(norm.weight)
+        assert torch.equal(of_heads(x), y)
         (y * weights.to(dtype)).sum().backward()
         results.append((x.detach(), norm.weight.detach(), y.detach(), x.grad, norm.weight.grad))
     return results

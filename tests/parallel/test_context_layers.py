@@ -18,7 +18,7 @@ LAYERS = [
     ("M", dict(overrides=dict(mamba_num_groups=1))),  # two tensor-parallel ranks share the group
     ("*", dict(window=7, rope=False)),
     ("*", dict(qk_norm=True, output_gate=True, rotary_percent=0.7, **ROPE)),
-    ("*", dict(overrides=dict(cp_comm_type="a2a"), **ROPE)),
+    ("*", dict(overrides=dict(cp_comm_type="a2a", rotary_interleaved=True), **ROPE)),
 ]
 # Megatron's own rotary embedding, which it cuts for its zigzag batches.
 GIVEN = dict(window=7, given=True)

@@ -7,7 +7,7 @@ import torch
 
 from megatron_gdn.attention import last_logits
 from megatron_gdn.training.metrics import read_metrics
-from tests import gdn_layer
+from tests import attention_layer, gdn_layer
 from tests.ranks import pool
 from tests.training import runs
 
@@ -136,6 +136,41 @@ def test_last_logits():
     expected = sum(math.log(min(i + 1, 6)) for i in range(4, 20)) / 16
     assert found["attention_entropy"].item() == pytest.approx(expected, rel=1e-5)
     assert found["attention_max_logit"].item() == 4.0
+
+
+def logits_of_an_observer():
+    """Of an attention layer with a window and a scale, documents behind which there is padding; and by hand."""
+    from megatron_gdn.documents import PackedDocuments
+    from megatron_gdn.parallel.fragments import prepare_fragments
+    from megatron_gdn.parallel.host import FragmentParams
+
+    layer = attention_layer.build_attention(window=7, rope=False, softmax_scale=0.9)
+    x, _ = attention_layer.inputs(tokens=40, batch=1)
+    bounds = torch.tensor([0, 11, 40], dtype=torch.int32)
+    padded = attention_layer.packed(10, 25)
+    padded.cu_seqlens_q_padded = padded.cu_seqlens_kv_padded = bounds
+    carriers = [
+        padded,
+        PackedDocuments.of(bounds, device=x.device),
+        FragmentParams.of(prepare_fragments(40, cu_seqlens=bounds)),
+    ]
+    found = []
+    for documents in carriers:
+        layer.observer = lambda seen: found.append(seen["logits"])
+        with torch.no_grad():
+            layer(x, packed_seq_params=documents)
+    with torch.no_grad():
+        query, key, _ = layer.get_query_key_value_tensors(x)
+    query, key = query[11:, 0].double(), key[11:, 0].double().repeat_interleave(2, dim=1)
+    expected = 0.9 * torch.einsum("ihd,jhd->hij", query, key)
+    i, j = torch.arange(29)[:, None], torch.arange(29)
+    return found, expected.masked_fill((j > i) | (i - j >= 7), -math.inf)[None, :, -16:]
+
+
+def test_observed_logits_are_those_of_the_last_document():
+    [(found, expected)] = pool(1).run(logits_of_an_observer, groups={})
+    for logits in found:
+        torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_training_writes_samples_and_stays_the_same(tmp_path):
