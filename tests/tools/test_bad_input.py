@@ -1,6 +1,7 @@
 """Bad input: each kind fails or is skipped as told, named with file and line, and counted."""
 
 import gzip
+import io
 import json
 import lzma
 import re
@@ -143,6 +144,16 @@ def test_cut_tar(good, tokenizer, tmp_path, capsys, place, suffix):
     data = data[: at[place]]
     path.write_bytes(gzip.compress(data) if suffix else data)
     assert_fails_or_leaves_the_file_out(good, path, tokenizer, tmp_path, capsys)
+
+
+def test_member_that_is_twice_in_a_sample(tokenizer, tmp_path, capsys):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for text in (b"one", b"two"):
+            member = tarfile.TarInfo("a.txt")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text))
+    assert tokenize(tmp_path / "a.tar", tokenizer, tmp_path / "out") == 1
+    assert "member a.txt is there twice in a sample" in capsys.readouterr().err
 
 
 def test_bad_rows_of_parquet(tokenizer, tmp_path, capsys):

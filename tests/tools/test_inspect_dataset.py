@@ -1,6 +1,7 @@
 """Inspecting datasets: the counts are the data's, any flipped bit is found, documents come back as text."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 from megatron_gdn.training.indexed import check_dataset
-from tests.tools.texts import TEXTS, tokenize
+from tests.tools.texts import TEXTS, json_lines, tokenize
 from tools.preprocess import inspect_dataset
+from tools.preprocess.indexed import write_index
 
 
 def copy(dataset, folder: Path, suffixes=("bin", "idx", "json")) -> Path:
@@ -34,6 +36,31 @@ def test_documents_as_text(dataset, tokenizer, capsys):
     for text in TEXTS[:3]:
         assert f"\n{text}<|endoftext|>\n" in printed
     assert TEXTS[3] not in printed
+
+
+def test_last_documents_as_text(tokenizer, tmp_path, capsys):
+    """Two documents, of which more are asked for."""
+    (tmp_path / "two.jsonl").write_bytes(json_lines(["one text", "another"]))
+    assert tokenize(tmp_path / "two.jsonl", tokenizer, tmp_path / "two") == 0
+    capsys.readouterr()
+    assert inspect_dataset.main([str(tmp_path / "two"), "--tokenizer", str(tokenizer), "--documents", "5"]) == 0
+    shown = capsys.readouterr().out.partition("--- document 0, ")[2]
+    assert re.fullmatch(r"\d+ tokens\none text<\|endoftext\|>\n--- document 1, \d+ tokens\nanother<\|endo.*>\n", shown)
+
+
+def test_negative_length_is_found(tmp_path, capsys):
+    """Pointers that follow from it do not show it."""
+    np.arange(6, dtype=np.uint16).tofile(tmp_path / "broken.bin")
+    write_index(
+        tmp_path / "broken.idx",
+        dtype=np.dtype(np.uint16),
+        num_sequences=3,
+        num_documents=3,
+        lengths=lambda: [np.array([5, -3, 4])],
+        documents=lambda: [np.arange(3)],
+    )
+    assert inspect_dataset.main([str(tmp_path / "broken"), "--verify"]) == 1
+    assert "its sequences do not follow each other" in capsys.readouterr().err
 
 
 def test_every_flipped_byte_is_found(dataset, tmp_path, capsys):

@@ -1,17 +1,21 @@
 """Merging, de-duplicating, shuffling, splitting and blending datasets: against Megatron's builder and plain Python."""
 
 import collections
+import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_gdn.training.indexed import check_dataset
+from megatron_gdn.training.indexed import DatasetError, check_dataset
 from tests.tools.test_tokenize_corpus import changed_tokenizer
 from tests.tools.texts import TEXTS, dataset_bytes, json_lines, manifest_of, tokenize
 from tools.preprocess import blend_datasets, inspect_dataset, merge_datasets, split_dataset
+from tools.preprocess.documents import first_of_each
+from tools.preprocess.indexed import IndexedWriter
 from tools.preprocess.sources import ArgumentError
 
 
@@ -50,6 +54,26 @@ def test_merge_equals_megatrons_builder(parts, tmp_path):
     assert [source["name"] for source in manifest["sources"]] == ["0.jsonl", "1.jsonl", "2.jsonl"]
 
 
+def test_largest_id_is_that_of_all_tokens(parts, tokenizer, tmp_path):
+    (tmp_path / "tiny.jsonl").write_bytes(json_lines(["!"]))
+    assert tokenize(tmp_path / "tiny.jsonl", tokenizer, tmp_path / "tiny") == 0
+    for i, names in enumerate(([str(tmp_path / "tiny"), parts[0]], [parts[0], str(tmp_path / "tiny")])):
+        for how in ([], ["--deduplicate"]):
+            output = tmp_path / f"{i}{len(how)}"
+            assert merge(names, output, *how) == 0
+            largest = int(np.fromfile(f"{output}.bin", np.uint16).max())
+            assert manifest_of(output)["max_token_id"] == largest > manifest_of(tmp_path / "tiny")["max_token_id"]
+
+
+def test_multimodal_datasets_are_refused(parts, tmp_path, capsys):
+    for suffix in ("bin", "idx"):
+        (tmp_path / f"modes.{suffix}").write_bytes(Path(f"{parts[0]}.{suffix}").read_bytes())
+    with (tmp_path / "modes.idx").open("ab") as file:
+        file.write(bytes(check_dataset(parts[0]).num_sequences))
+    assert merge([str(tmp_path / "modes")], tmp_path / "out") == 1
+    assert "modes is multimodal (it has a mode per sequence)" in capsys.readouterr().err
+
+
 def test_datasets_of_several_sequences_per_document(tmp_path):
     """Megatron's own, without manifests."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -73,8 +97,6 @@ def test_datasets_of_several_sequences_per_document(tmp_path):
 
 def test_copying_between_file_systems(parts, tmp_path, monkeypatch):
     """Where the kernel cannot copy, after it has begun."""
-    import os
-
     copy, calls = os.copy_file_range, []
 
     def sometimes(*arguments):
@@ -89,6 +111,32 @@ def test_copying_between_file_systems(parts, tmp_path, monkeypatch):
     assert len(calls) >= 3 and dataset_bytes(tmp_path / "plain") == dataset_bytes(tmp_path / "kernel")
 
 
+class Killed(BaseException):
+    """Ends a merge as SIGKILL does."""
+
+
+@pytest.mark.parametrize("num_names", [0, 1, 2])
+def test_a_kill_between_the_names_leaves_no_mixture(parts, tmp_path, monkeypatch, num_names):
+    """The same documents in another order, so that the sizes of old and new files agree."""
+    output, replace, given = tmp_path / "out", os.replace, []
+    assert merge(parts[::-1], tmp_path / "new") == 0 and merge(parts, output) == 0
+
+    def dying(source, target):
+        if len(given) == num_names:
+            raise Killed
+        given.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", dying)
+        merge(parts[::-1], output)
+    if num_names < 2:
+        with pytest.raises(DatasetError, match="out.idx does not exist"):
+            check_dataset(str(output))
+    else:  # whole, without its manifest
+        assert dataset_bytes(output) == dataset_bytes(tmp_path / "new") and check_dataset(str(output)).manifest == {}
+
+
 def test_deduplication_keeps_the_first(parts, tmp_path, capsys):
     assert merge(parts, tmp_path / "out", "--deduplicate") == 0
     everything = [document for part in parts for document in documents(part)]
@@ -97,6 +145,24 @@ def test_deduplication_keeps_the_first(parts, tmp_path, capsys):
     assert f"{repeated} documents are repeated and left out" in capsys.readouterr().out
     assert manifest_of(tmp_path / "out")["repeated_documents_left_out"] == repeated > 50
     assert inspect_dataset.main([str(tmp_path / "out"), "--verify"]) == 0
+
+
+def test_hashes_that_differ_in_one_half_are_of_different_documents():
+    hashes = np.array([(1, 2), (1, 3), (2, 2), (1, 2)], np.uint64).view("V16").ravel()
+    assert first_of_each(hashes).tolist() == [0, 1, 2]
+
+
+def test_checksums_are_of_parts_of_their_size(tmp_path):
+    """Ten bytes each; documents end inside of them."""
+    tokens = [np.array([9, 1, 2], np.uint16), np.arange(8, dtype=np.uint16)]
+    writer = IndexedWriter(tmp_path / "x.bin", tmp_path / "x.idx", np.uint16, part_bytes=10)
+    for ids, lengths in zip(tokens, ([2, 1], [8]), strict=True):
+        writer.add(ids, np.array(lengths))
+    facts, data = writer.finish(), np.concatenate(tokens).tobytes()
+    parts = [data[i : i + 10] for i in range(0, len(data), 10)]
+    assert facts["files"]["bin"]["parts"] == [[len(part), hashlib.sha256(part).hexdigest()] for part in parts]
+    assert (facts["max_token_id"], facts["documents"], facts["tokens"]) == (9, 3, 11)
+    assert documents(tmp_path / "x") == [data[:4], data[4:6], data[6:]]
 
 
 def test_shuffle_is_a_permutation_by_its_seed(parts, tmp_path):
@@ -134,6 +200,9 @@ def test_split_loses_nothing_and_keeps_copies_together(parts, tmp_path):
         assert all(document in positions for document in pieces[name]), "in the order of the dataset"
         assert inspect_dataset.main([str(tmp_path / name), "--verify"]) == 0
         assert manifest_of(tmp_path / name)["split"] == {"part": name, "shares": [0.7, 0.2, 0.1]}
+    # What the parts do not agree on is left out where they are merged again.
+    assert merge([str(tmp_path / "train"), str(tmp_path / "test")], tmp_path / "two") == 0
+    assert "split" not in manifest_of(tmp_path / "two")
 
 
 def test_split_of_a_document_depends_on_nothing_else(parts, tmp_path):

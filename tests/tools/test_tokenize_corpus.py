@@ -117,8 +117,11 @@ def test_workers_and_units_do_not_change_the_output(corpus, tokenizer, tmp_path,
 def test_shards_merged_equal_one_run(corpus, tokenizer, tmp_path):
     """As a Slurm array would: each command takes a part, the files join to the same bytes and the same manifest."""
     for i in range(5):
-        (tmp_path / f"{i}.jsonl").write_bytes(corpus.read_bytes()[: 3000 * i + 500].rpartition(b"\n")[0] + b"\n")
-    options = ["--unit-mb", "0.002"]
+        bad = [b'{"text": ""}\n', b"[]\n"][: i + 1]  # records that are skipped, of one or two kinds
+        (tmp_path / f"{i}.jsonl").write_bytes(
+            corpus.read_bytes()[: 3000 * i + 500].rpartition(b"\n")[0] + b"\n" + b"".join(bad)
+        )
+    options = ["--unit-mb", "0.002", "--on-error", "skip"]
     assert tokenize(tmp_path / "*.jsonl", tokenizer, tmp_path / "one", *options) == 0
     for i in range(3):
         shard = ["--num-shards", "3", "--shard-index", str(i)]
