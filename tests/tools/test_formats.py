@@ -203,6 +203,7 @@ def test_settings_without_an_equal_are_refused(tmp_path, capsys, case):
         (dict(attention_bias=True), r"attention_bias \(True\) must be False"),
         (dict(layer_types=["linear_attention"]), r"layer_types .* must be 3 of"),
         (dict(attn_output_gate=False), r"attn_output_gate \(False\) must be True"),
+        (dict(vocab_size=49), r"the embedding has 50 rows, and the configuration says vocab_size 49"),
         (dict(rope_theta=7.0), r"rope_theta \(7.0\) and that of rope_parameters \(5000.0\) differ"),
     ],
 )
@@ -212,6 +213,12 @@ def test_settings_of_qwen_without_an_equal_are_refused(tmp_path, capsys, setting
     assert hf_to_megatron.main(["--hf", str(folder), "--output", str(tmp_path / "again")]) == 1
     error = capsys.readouterr().err
     assert re.search(message, error), error
+
+
+def test_the_first_of_several_ends_is_that_of_documents(tmp_path):
+    folder = export(checkpoints.checkpoint(tmp_path / "ours", PURE), tmp_path / "hf")
+    edit(folder, eos_token_id=[5, 4])
+    assert MegatronCheckpoint(load(folder, tmp_path / "again")).eod_id == 5
 
 
 def test_unknown_setting_and_weight_can_be_left_out_by_name(tmp_path, capsys):
