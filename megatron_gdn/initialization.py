@@ -102,16 +102,15 @@ def uniform_by_inputs(weight: Tensor, *, scale: float = 1.0) -> None:
     weight.uniform_(-bound, bound)
 
 
-def log_uniform_dt_bias(dt_bias: Tensor, *, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4) -> None:
+def log_uniform_dt_bias(dt_bias: Tensor, *, dt_min: float = 1e-3, dt_max: float = 0.1) -> None:
     """Fill `dt_bias` so that softplus(dt_bias) is log-uniform in [dt_min, dt_max], as Mamba2 and the paper's code do.
 
     Args:
         dt_bias: any shape, filled in place.
         dt_min, dt_max: range of the step before the decay, dimensionless.
-        dt_floor: lower clamp.
     """
     dt = torch.empty_like(dt_bias).uniform_(torch.tensor(dt_min).log().item(), torch.tensor(dt_max).log().item())
-    dt = dt.exp_().clamp_(min=dt_floor)
+    dt = dt.exp_()
     dt_bias.copy_(dt + (-torch.expm1(-dt)).log())  # the inverse of softplus
 
 

@@ -49,8 +49,6 @@ def split_on_disk(
     def part(key: str, section: Section, first_row: int, data: Tensor, replica_id) -> ShardedTensor:
         shape, offset = list(template.global_shape), list(template.global_offset)
         shape[prepended + dim], offset[prepended + dim] = section.num_rows, first_row
-        fragments = list(template.axis_fragmentations)
-        fragments[prepended + dim] = size
         even = section.num_heads // section.heads_per_unit % size == 0
         assert even or not prepended, "stacked layers need heads that tensor parallelism divides"
         return replace(
@@ -61,7 +59,7 @@ def split_on_disk(
             local_shape=tuple(data.shape),
             global_shape=tuple(shape),
             global_offset=tuple(offset),
-            axis_fragmentations=tuple(fragments) if even else None,
+            axis_fragmentations=template.axis_fragmentations if even else None,
             replica_id=replica_id,
         )
 

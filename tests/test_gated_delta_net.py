@@ -1,12 +1,14 @@
 """The Gated DeltaNet layer against a plain PyTorch model, Megatron-Core's own layer, and itself at other layouts."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch.nn import functional as F
 
+from megatron_gdn.initialization import log_uniform_decay
 from tests import gdn_layer
 from tests.gdn_layer import SHAPE, build_layer, inputs, layer_config
 from tests.ranks import RankError, pool
@@ -203,6 +205,14 @@ def test_gates_start_as_in_the_papers_code():
         # Uniform: with 4096 draws the empirical distribution stays within 0.03 (Kolmogorov-Smirnov, p < 1e-3).
         ranks = torch.linspace(0, 1, len(value))
         assert (((value.sort().values - start) / (end - start)) - ranks).abs().max() < 0.03
+
+
+def test_a_rate_of_zero_has_a_logarithm():
+    """U(0, 16) is 0 once in 2**24 draws."""
+    A_log = torch.empty(4)
+    with mock.patch.object(torch.Tensor, "uniform_", lambda self, low, high: self.fill_(low)):
+        log_uniform_decay(A_log, low=0.0, high=16.0)
+    assert torch.equal(A_log, torch.full((4,), torch.finfo(torch.float32).tiny).log())
 
 
 def gates_under_mixed_precision():
