@@ -142,7 +142,7 @@ def muon(parallel: dict, precision: str, **model):
 
 @pytest.mark.parametrize(
     "precision, model",
-    [("fp32", {}), ("bf16", {}), ("bf16", dict(vocab_multiple=4096))],
+    [("fp32", {}), ("bf16", {}), ("bf16", dict(vocab_multiple=8192, tie_embeddings=True))],
     ids=["fp32", "bf16", "an embedding larger than a share"],
 )
 def test_what_data_parallel_ranks_of_muon_send_and_keep(precision, model):
@@ -154,7 +154,8 @@ def test_what_data_parallel_ranks_of_muon_send_and_keep(precision, model):
         assert sent["data"] == pytest.approx(cost.communication_bytes(0)["data"], rel=0.02)
     kept = [kept["optimizer"] for _, kept in found]
     assert sum(kept) == pytest.approx(alone, rel=0.02)
-    assert max(kept) == pytest.approx(cost.memory_bytes(0)["optimizer"], rel=0.07)  # parameters are not cut
+    expected = cost.memory_bytes(0)["optimizer"]
+    assert 0.99 * expected < max(kept) < 8 / 7 * expected  # parameters are not cut, see tests/training/test_owners.py
 
 
 def saved_bytes(config):

@@ -103,7 +103,7 @@ def loads_of(path: Path) -> list:
     from megatron_gdn.training.muon import layouts
     from megatron_gdn.training.optimizer import load_of
 
-    config = load_config(path)
+    config = load_config(path, ["parallel.context=1"])
     host = transformer_config(config.model, config.parallel, dtype=torch.bfloat16)
     vocab_size = padded_vocab_size(config.model.vocab_size, config.model.vocab_multiple)
     with torch.device("meta"):
@@ -129,13 +129,29 @@ def test_the_papers_model_is_dealt_out_evenly():
     assert f"the fullest GPU keeps {fullest['num_bytes'] / 2**30:.2f} GiB" in path.read_text()
 
 
+@pytest.mark.parametrize("name", ["h1_1.3b", "gdn_1.3b", "h2_1.3b", "qwen3_next_style_7b"])
+def test_the_cost_model_is_a_seventh_below_the_fullest_rank_at_most(name):
+    """Its mean share, or the largest parameter."""
+    from megatron_gdn.training.owners import deal_out
+
+    path = Path(f"examples/recipes/{name}.yaml")
+    [loads] = pool(1).run(loads_of, path, groups={})
+    config = load_config(path, ["optimizer.name=muon", "parallel.context=1"])
+    for num_ranks in (2, 4, 8, 16, 32, 64):
+        kept = [0.0] * num_ranks
+        for load, owner in zip(loads, deal_out(loads, num_ranks), strict=True):
+            kept[owner] += load.num_bytes
+        cost = model_cost(config, vocab_size=config.model.vocab_size, data_parallel=num_ranks)
+        expected = cost.memory_bytes(0)["optimizer"]
+        assert 0.999 * expected < max(kept) < 8 / 7 * expected, num_ranks
+
+
 def test_bytes_and_flops_are_both_dealt_out():
-    """Two heavy in bytes, two heavy in FLOPs: a rank gets one of each."""
+    """By bytes alone the first would balance the three others, and one rank had all FLOPs."""
     from megatron_gdn.training.owners import Load, deal_out
 
-    loads = [Load(num_bytes=9), Load(num_bytes=1, flops=9), Load(num_bytes=9), Load(num_bytes=1, flops=9)]
-    owners = deal_out(loads, 2)
-    assert owners[0] != owners[2] and owners[1] != owners[3]
+    loads = [Load(num_bytes=10), Load(num_bytes=4, flops=9), Load(num_bytes=3, flops=9), Load(num_bytes=3)]
+    assert deal_out(loads, 2) == [0, 1, 0, 1]
     assert deal_out(loads, 1) == [0] * 4
     assert len(set(deal_out(loads, 8))) == 4
     assert sorted(deal_out([Load(num_bytes=5), Load(num_bytes=7)], 2)) == [0, 1]  # a stage without Muon
