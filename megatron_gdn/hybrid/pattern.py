@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 
 MIXERS = {"G": "Gated DeltaNet", "M": "Mamba2", "S": "sliding-window attention", "*": "full attention"}
+_MOST_SYMBOLS = 20_000
 _REPEAT = re.compile(r"x([1-9]\d*)")
 
 
@@ -65,7 +66,11 @@ def _expand(pattern: str) -> list[tuple[str, int]]:
             if not open_groups or not repeat:
                 raise _error(pattern, i, "a group is (...)xN with N of at least 1")
             before, _ = open_groups.pop()
-            found = before + found * int(repeat[1])
+            # Before it is expanded: a number in a file must not take all memory.
+            times = int(repeat[1][:9])
+            if len(before) + len(found) * times > _MOST_SYMBOLS:
+                raise _error(pattern, i + 1, f"groups repeat to at most {_MOST_SYMBOLS} symbols")
+            found = before + found * times
             i = repeat.end() - 1
         elif not pattern[i].isspace():
             found.append((pattern[i], i))

@@ -37,6 +37,8 @@ def test_expansion(pattern, expanded):
         ("(G-)", r"pattern has '\)' at character 4: a group is \(...\)xN with N of at least 1"),
         ("G-)x2", r"pattern has '\)' at character 3: a group is"),
         ("(G-)x0", r"pattern has '\)' at character 4: a group is \(...\)xN with N of at least 1"),
+        (f"((G-)x10)x{10**40}", r"pattern has 'x' at character 10: groups repeat to at most 20000 symbols"),
+        ("(G-)x5000 (S-)x5001", r"pattern has 'x' at character 15: groups repeat to at most 20000 symbols"),
         ("", r"pattern \(''\) must name at least one mixer"),
         ("()x2", r"must name at least one mixer"),
     ],

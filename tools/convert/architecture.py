@@ -12,6 +12,8 @@ from megatron_gdn.sections import gated_delta_net_sections, mamba2_sections, swi
 from tools.convert.errors import ConvertError
 
 Shape = tuple[int, ...]
+MOST_LAYERS, MOST_EXPERTS = 10_000, 10_000
+"""A file must not say how long its reading runs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_gdn.config import ModelConfig
 from megatron_gdn.config.load import explain
 from tools.convert import fla, own, qwen
-from tools.convert.architecture import Architecture, Experts
+from tools.convert.architecture import MOST_EXPERTS, MOST_LAYERS, Architecture, Experts
 from tools.convert.errors import ConvertError
 from tools.convert.mapping import Table
 from tools.convert.settings import HfConfig, Settings
@@ -91,7 +91,6 @@ FORMATS = {
         ),
     )
 }
-_MOST_LAYERS, _MOST_EXPERTS = 10_000, 10_000  # a file must not say how long this runs
 # Model types that are close, and why none of their models can be read.
 REFUSED = {
     "olmo_hybrid": "its attention has norms behind it instead of before it and norms over all heads of q and k, which "
@@ -172,12 +171,12 @@ def read_architecture(config: HfConfig, ignored: Collection[str] = ()) -> tuple[
     found = FORMATS[name]
     found.settings.check(config, ignored)
     layers = config.get("num_hidden_layers", 1)
-    if type(layers) is not int or not 0 < layers <= _MOST_LAYERS:
-        raise ConvertError(f"num_hidden_layers ({layers}) must be a whole number from 1 to {_MOST_LAYERS}.")
+    if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
+        raise ConvertError(f"num_hidden_layers ({layers}) must be a whole number from 1 to {MOST_LAYERS}.")
     try:
         fields, experts = found.read_config(config)
-        if experts is not None and not 0 < experts.num_experts <= _MOST_EXPERTS:
-            raise ConvertError(f"num_experts ({experts.num_experts}) must be from 1 to {_MOST_EXPERTS}.")
+        if experts is not None and not 0 < experts.num_experts <= MOST_EXPERTS:
+            raise ConvertError(f"num_experts ({experts.num_experts}) must be from 1 to {MOST_EXPERTS}.")
         fields |= dict(
             vocab_size=config["vocab_size"], vocab_multiple=1, tie_embeddings=config.get("tie_word_embeddings", False)
         )

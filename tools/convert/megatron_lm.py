@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_gdn.config import ModelConfig
 from megatron_gdn.config.load import explain
 from megatron_gdn.training.restricted import UnsafeCheckpointError
-from tools.convert.architecture import Architecture, Experts
+from tools.convert.architecture import MOST_EXPERTS, MOST_LAYERS, Architecture, Experts
 from tools.convert.errors import ConvertError
 
 # Norms that Transformer Engine's linear layers hold; Megatron's own specs store theirs under the same names.
@@ -78,7 +78,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_args(content: bytes, path: Path) -> dict[str, Any]:
-    """Megatron-LM's arguments by name; empty where there are none.
+    """Megatron-LM's arguments by name, those of plain values; empty where there are none.
 
     Args:
         content: what torch wrote, of a `common.pt` or of the object that has its place since Megatron-Core 0.19.
@@ -99,7 +99,9 @@ def read_args(content: bytes, path: Path) -> dict[str, Any]:
     if isinstance(found, list) and found:  # the object is a list of one
         found = found[0]
     args = found.get("args") if isinstance(found, dict) else None
-    return vars(args) if isinstance(args, SimpleNamespace) else {}
+    if not isinstance(args, SimpleNamespace):
+        return {}
+    return {name: value for name, value in vars(args).items() if not isinstance(value, _Unread)}
 
 
 # Argument -> the values that this project has an equal of; absent or None is fine.
@@ -160,18 +162,26 @@ def architecture_of_args(args: dict[str, Any]) -> Architecture:
             raise ConvertError(f"{name} ({args[name]}) must be {possible[0]}: this project has no equal of it.")
     variant = args.get("experimental_attention_variant") or args.get("linear_attention_type")
     if spec := args.get("spec"):
-        module, name = [*spec, ""][:2]
-        if module != _SPEC_MODULE or name not in SPECS:
+        module, name = [*spec, ""][:2] if isinstance(spec, list | tuple) else (spec, "")
+        if module != _SPEC_MODULE or name not in tuple(SPECS):
             raise ConvertError(f"spec ({module} {name}) must be {_SPEC_MODULE} with one of {', '.join(SPECS)}.")
     elif variant not in _VARIANTS:
         raise ConvertError(f"experimental_attention_variant ({variant}) must be gated_delta_net.")
+    for name, most in (("num_layers", MOST_LAYERS), ("num_experts", MOST_EXPERTS)):
+        number = args.get(name)
+        if number and not (type(number) is int and 0 < number <= most):
+            raise ConvertError(f"{name} ({number}) must be a whole number from 1 to {most}.")
     try:
         return _architecture(args)
+    except ConvertError:
+        raise
     except KeyError as error:
         raise ConvertError(f"Megatron-LM's arguments lack {error}: nothing says what the weights mean.") from error
     except ValidationError as error:
         problems = explain(error, ModelConfig)
         raise ConvertError(f"Megatron-LM's arguments describe a model that cannot be built: {problems}") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConvertError(f"Megatron-LM's arguments describe a model that cannot be built: {error}") from error
 
 
 def _architecture(args: dict[str, Any]) -> Architecture:
