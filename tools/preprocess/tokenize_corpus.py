@@ -14,6 +14,7 @@ merge data/train-*-of-*.idx; or --executor ray.
 
 import argparse
 import hashlib
+import math
 import os
 import shutil
 import sys
@@ -74,7 +75,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--unit-mb", type=float, default=None, help="how large files are cut, a kill loses at most this per worker; "
         "default: a 64th of the input, 1 to 32")  # fmt: skip
     add("--num-shards", type=int, default=1, help="how many commands share the work")
-    add("--shard-index", type=int, default=0, help="which of them this is, from 0")
+    add("--shard-index", type=int, default=None, help="which of them this is, from 0")
     return parser.parse_args(argv)
 
 
@@ -84,12 +85,20 @@ def _usable_cores() -> int:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raise ArgumentError for arguments that do not fit together."""
+    """Raise ArgumentError for arguments that do not fit together; sets the shard of a run that has one."""
     if arguments.workers < 1:
         raise ArgumentError(f"--workers ({arguments.workers}) must be at least 1.")
     for name in ("unit_mb", "max_document_mb"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) * 1e6 < 1:
-            raise ArgumentError(f"--{name.replace('_', '-')} ({getattr(arguments, name)}) must be above 0.")
+        value = getattr(arguments, name)
+        if value is not None and not 1e-6 <= value < math.inf:
+            raise ArgumentError(f"--{name.replace('_', '-')} ({value}) must be a number of MB above 0.")
+    if arguments.shard_index is None:
+        if arguments.num_shards != 1:
+            raise ArgumentError(
+                f"--num-shards ({arguments.num_shards}) needs --shard-index, or every command would do the same part: "
+                "give each its own, from 0."
+            )
+        arguments.shard_index = 0
     if not 0 <= arguments.shard_index < arguments.num_shards:
         raise ArgumentError(
             f"--shard-index ({arguments.shard_index}) must be at least 0 and below --num-shards "
