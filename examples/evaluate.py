@@ -132,15 +132,14 @@ def main(argv: list[str] | None = None) -> int:
     init_distributed(config, Launch(rank=0, world_size=1, local_rank=0), device)
     found: dict[str, dict[int, float]] = {}
     try:
-        vocab_size = checkpoint.vocab_size
-        model = load_model(checkpoint.path, config, vocab_size=vocab_size, device=device)
+        model = load_model(checkpoint.path, config, vocab_size=checkpoint.vocab_size, device=device)
         if tokens is not None:
             found["loss"] = {
                 size: loss_at_length(model, tokens, size, batch_size=arguments.batch_size, device=device)
                 for size in lengths
             }
         for (task, size), needles in samples.items():
-            hits = [finds_needle(model, sample, vocab_size=vocab_size, device=device) for sample in needles]
+            hits = [finds_needle(model, sample, device=device) for sample in needles]
             found.setdefault(f"s-niah-{task}", {})[size] = sum(hits) / len(hits)
     except (CheckpointError, UnsafeCheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -32,7 +32,6 @@ def generate(
     tokens: Tensor,
     *,
     max_new_tokens: int,
-    vocab_size: int,
     eod_id: int | None,
     temperature: float,
     top_k: int,
@@ -44,7 +43,6 @@ def generate(
         model: a GPTModel.
         tokens: of the prompt, at least one.
         max_new_tokens: most to add.
-        vocab_size: ids to choose from, without padding.
         eod_id: id that ends a document, or None.
         temperature: divides the logits; 0 takes the largest.
         top_k: choose among this many; 0 among all.
@@ -53,11 +51,11 @@ def generate(
     rng = torch.Generator(tokens.device).manual_seed(seed)
     for _ in range(max_new_tokens):
         positions = torch.arange(len(tokens), device=tokens.device)
-        logits = model(tokens[None], positions[None], None)[0, -1, :vocab_size].float()
+        logits = model(tokens[None], positions[None], None)[0, -1].float()
         if temperature == 0:
             choice = logits.argmax()
         else:
-            values, ids = logits.topk(min(top_k, vocab_size)) if top_k else (logits, None)
+            values, ids = logits.topk(min(top_k, len(logits))) if top_k else (logits, None)
             drawn = torch.multinomial((values / temperature).softmax(-1), 1, generator=rng)[0]
             choice = drawn if ids is None else ids[drawn]
         tokens = torch.cat([tokens, choice[None]])
@@ -119,7 +117,6 @@ def main(argv: list[str] | None = None) -> int:
             load_model(checkpoint.path, config, vocab_size=checkpoint.vocab_size, device=device),
             torch.tensor(ids, device=device),
             max_new_tokens=arguments.max_new_tokens,
-            vocab_size=checkpoint.vocab_size,
             eod_id=checkpoint.eod_id,
             temperature=arguments.temperature,
             top_k=arguments.top_k,

@@ -123,16 +123,15 @@ def _sample(task: int, length: int, sentences: Sequence[str], encode: Encode, rn
 
 
 @torch.no_grad()
-def finds_needle(model: torch.nn.Module, sample: NeedleSample, *, vocab_size: int, device: torch.device) -> bool:
+def finds_needle(model: torch.nn.Module, sample: NeedleSample, *, device: torch.device) -> bool:
     """Whether greedy decoding continues the prompt with the whole needle.
 
     Args:
         model: a GPTModel.
         sample: from `needle_samples`.
-        vocab_size: ids to choose from, without padding.
         device: of the model.
     """
     tokens = torch.tensor(sample.prompt + sample.needle[:-1], device=device)
     logits: Tensor = model(tokens[None], torch.arange(len(tokens), device=device)[None], None)
-    likeliest = logits[0, len(sample.prompt) - 1 :, :vocab_size].argmax(-1)
+    likeliest = logits[0, len(sample.prompt) - 1 :].argmax(-1)
     return likeliest.tolist() == sample.needle

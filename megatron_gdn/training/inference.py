@@ -42,7 +42,8 @@ def load_model(path: Path, config: Config, *, vocab_size: int, device: torch.dev
     Args:
         path: folder of the checkpoint.
         config: from `inference_config`.
-        vocab_size: tokens of the vocabulary, before padding.
+        vocab_size: tokens of the vocabulary. Rows that fill it up on disk are not read: no text has them, and the loss
+            is that of the exported model.
         device: where the model goes.
 
     Raises:
@@ -50,7 +51,7 @@ def load_model(path: Path, config: Config, *, vocab_size: int, device: torch.dev
     """
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
-    from megatron_gdn.hybrid.model import build_model, padded_vocab_size, transformer_config
+    from megatron_gdn.hybrid.model import build_model, transformer_config
     from megatron_gdn.training import torch_dist
     from megatron_gdn.training.checkpoint import CheckpointError, verify
     from megatron_gdn.training.engine import DTYPES
@@ -66,7 +67,7 @@ def load_model(path: Path, config: Config, *, vocab_size: int, device: torch.dev
     model = build_model(
         host,
         config.model,
-        vocab_size=padded_vocab_size(vocab_size, config.model.vocab_multiple),
+        vocab_size=vocab_size,
         max_sequence_length=config.training.sequence_length,
         seed=None,
     ).to(device)
