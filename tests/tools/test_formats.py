@@ -361,6 +361,31 @@ def test_arguments_of_megatron_lm_without_an_equal_are_refused(change, message):
         architecture_of_args(vars(args_of(described, **change)))
 
 
+def windowed_layers(skips) -> list[list[bool]]:
+    """Which of six layers have a window, by Megatron-Core."""
+    from megatron.core.transformer.utils import is_layer_window_attention
+
+    return [[is_layer_window_attention((4, 0), skip, number) for number in range(1, 7)] for skip in skips]
+
+
+def test_arguments_that_megatron_lm_fills_in():
+    """Left at their defaults, or numbers in the place of lists."""
+    described = checkpoints.architecture(checkpoints.QWEN)
+    heads = described.model.num_attention_heads
+    plain = dict(kv_channels=None, group_query_attention=False, moe_router_pre_softmax=True)  # without experts
+    found = architecture_of_args(vars(args_of(described, **plain)))
+    assert found.attention_heads(2) == (heads, heads, described.model.hidden_size // heads)
+    experts = dict(num_experts=4, moe_router_topk=2, moe_ffn_hidden_size=None, moe_shared_expert_intermediate_size=8)
+    found = architecture_of_args(vars(args_of(described, **experts)))
+    assert found.experts.ffn_hidden_size == described.model.ffn_hidden_size and found.experts.layers == (0, 1, 2)
+    # Attention in every layer, some with a window.
+    skips = [2, 3, [1, 0, 0, 1, 1, 0], None]
+    for skip, windowed in zip(skips, pool(1).run(windowed_layers, skips, groups={})[0], strict=True):
+        changes = dict(num_layers=6, linear_attention_freq=[0] * 6, window_size=(4, 0), window_attn_skip_freq=skip)
+        found = architecture_of_args(vars(args_of(described, **changes)))
+        assert found.symbols == ["S" if window else "*" for window in windowed]
+
+
 def patterns_of_specs() -> dict[str, str]:
     from megatron_gdn.hybrid import layer_specs
 

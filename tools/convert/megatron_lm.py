@@ -211,7 +211,7 @@ def _architecture(args: dict[str, Any]) -> Architecture:
         linear_conv_kernel_dim=args["linear_conv_kernel_dim"],
         num_attention_heads=heads,
         num_query_groups=args["num_query_groups"] if args.get("group_query_attention") else heads,
-        kv_channels=args.get("kv_channels") or args["hidden_size"] // heads,
+        kv_channels=args.get("kv_channels"),
         rotary_base=args.get("rotary_base", 10000),
         full_attention=options,
         zero_centered_norm=zero_centered,
