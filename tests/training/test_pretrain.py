@@ -147,18 +147,19 @@ def test_kill_at_random_moments_loses_nothing(prefix, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "before, after",
+    "before, after, replicas",
     [
-        (dict(tensor=2, sequence=True), dict()),
-        (dict(context=2, context_layout="zigzag"), dict(tensor=2)),
-        (dict(tensor=2), dict(context=2)),
+        (dict(tensor=2, sequence=True), dict(), 1),
+        (dict(context=2, context_layout="zigzag"), dict(tensor=2), 1),
+        (dict(tensor=2), dict(context=2), 1),
+        (dict(), dict(), 2),
     ],
-    ids=["tp2 sp to one", "cp2 zigzag to tp2", "tp2 to cp2"],
+    ids=["tp2 sp to one", "cp2 zigzag to tp2", "tp2 to cp2", "dp2 to one"],
 )
-def test_resume_at_another_layout(prefix, undisturbed, tmp_path, before, after):
+def test_resume_at_another_layout(prefix, undisturbed, tmp_path, before, after, replicas):
     for parallel, stop in ((before, 5), (after, None)):
         values = runs.settings(prefix, tmp_path / "run", training={"exit_after_steps": stop}, parallel=parallel)
-        world_size = parallel.get("tensor", 1) * parallel.get("context", 1)
+        world_size = parallel.get("tensor", 1) * parallel.get("context", 1) * (replicas if stop else 1)
         runs.run(values, resume=stop is None, world_size=world_size)
     ours, theirs = curve(tmp_path / "run"), curve(undisturbed)
     assert ours.keys() == theirs.keys()
@@ -276,6 +277,8 @@ def test_wrong_data_is_refused_before_any_process_group(prefix, tmp_path):
     values = runs.settings(prefix, tmp_path / "run2")
     values["model"] = values["model"] | {"vocab_size": 30}
     assert "model.vocab_size (30) must exceed every token id, and" in failure(values)
+    values = runs.settings(prefix, tmp_path / "run4", training={"validation_samples": 3})
+    assert "training.validation_samples (3) must be divisible by micro_batch_size (2) x" in failure(values)
     for suffix in ("bin", "idx"):
         shutil.copy(f"{prefix}.{suffix}", tmp_path / f"cut.{suffix}")
     os.truncate(tmp_path / "cut.bin", 100)
