@@ -423,6 +423,9 @@ def in_a_transformer_layer():
     with torch.no_grad():
         y, _ = layer(x, attention_mask=None)
         by_hand = x + layer.self_attention(layer.input_layernorm(x))[0]
+        mixer, steps = layer.self_attention, layer.self_attention.in_proj_dt(layer.input_layernorm(x))[0]
+        alpha = (-mixer.A_log.exp() * F.softplus(steps.transpose(0, 1) + mixer.dt_bias)).exp()
+    torch.testing.assert_close(seen["alpha"], alpha)
     return (
         y,
         by_hand,
