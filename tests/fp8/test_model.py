@@ -30,7 +30,8 @@ LAYERS = {"G": {"in_proj", "out_proj"}, "S": {"linear_qkv", "linear_proj"}, "M":
 
 def fp8_config(recipe: str, pattern: str = "G-M-G-S-G-", precision: str = "fp32", parallel: dict | None = None):
     config = run_config(pattern, parallel=parallel, training=dict(precision=precision, sequence_length=72), **SIZES)
-    config.fp8.recipe, config.fp8.backend = recipe, "emulated"
+    if recipe != "none":
+        config.fp8.recipe, config.fp8.backend = recipe, "emulated"
     config.fp8.__post_init__()
     return config
 

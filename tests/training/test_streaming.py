@@ -203,7 +203,7 @@ def test_broken_samples_are_errors(tmp_path, message):
 
 
 def test_wrong_inputs_are_refused_at_the_start(corpus, tmp_path):
-    for entry in (f"pipe:touch {tmp_path}/ran.tar", "https://example.org/a.tar", f"{tmp_path}/none-*.tar"):
+    for entry in (f"pipe:>{tmp_path}/ran.tar", "https://example.org/a.tar", f"{tmp_path}/none-*.tar"):
         with pytest.raises(DatasetError, match=r"data.train \(.*\) names no file: give local tar files"):
             find_shards(DataConfig(train=[entry], tokenizer="x"))
     assert not (tmp_path / "ran.tar").exists()

@@ -103,14 +103,14 @@ def tokenize_unit(unit: Unit, specification: Specification, folder: Path, thread
     writer = IndexedWriter(names["bin"], names["idx"], optimal_dtype(specification.vocab_size))
     counts, examples, text_bytes, damaged = Counter(), [], 0, None
     try:
-        for batch, ids, lengths, num_bytes in encoder.encode_all(reader, unit.source.path, threads):
-            text_bytes += num_bytes
-            writer.add(ids, lengths)
-            counts.update(problem.kind for problem in batch.problems)
-            examples += sorted(batch.problems, key=lambda problem: problem.number)[: _KEPT_PROBLEMS - len(examples)]
-    except DamagedError as error:
-        damaged = str(error)
-    try:
+        try:
+            for batch, ids, lengths, num_bytes in encoder.encode_all(reader, unit.source.path, threads):
+                text_bytes += num_bytes
+                writer.add(ids, lengths)
+                counts.update(problem.kind for problem in batch.problems)
+                examples += sorted(batch.problems, key=lambda problem: problem.number)[: _KEPT_PROBLEMS - len(examples)]
+        except DamagedError as error:
+            damaged = str(error)
         facts = writer.finish()
     finally:
         writer.close()
