@@ -24,7 +24,7 @@ from megatron_gdn.training.setup import Launch, choose_device, init_distributed,
 from megatron_gdn.training.state import TrainState
 from megatron_gdn.training.streaming import StreamedDataset, TextShards, find_shards
 from megatron_gdn.training.tokenizer import keep_tokenizer
-from megatron_gdn.training.universal import read_progress
+from megatron_gdn.training.universal import PROGRESS_FILE, read_progress
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,8 @@ def pretrain(config: Config, *, resume: bool = False) -> None:
     tokenizer = config.data.tokenizer
     vocabulary = read_vocabulary(entries, vocab_size=config.model.vocab_size, shards=shards, tokenizer=tokenizer)
     output_dir = Path(config.run.output_dir)
+    if not (resume and any((output_dir / "checkpoints").glob("step_*"))):  # a run that goes on reads its own
+        check_initial(config)
     if launch.rank == 0:
         check_output_dir(output_dir, config, resume=resume)
     with OutputLock(output_dir, enabled=launch.rank == 0):
@@ -93,6 +95,23 @@ def check_validation(config: Config, world_size: int) -> None:
             f"training.validation_samples ({config.training.validation_samples}) must be divisible by "
             f"micro_batch_size ({config.training.micro_batch_size}) x data-parallel size ({data_parallel}) = "
             f"{per_round}: use {-(-config.training.validation_samples // per_round) * per_round}."
+        )
+
+
+def check_initial(config: Config) -> None:
+    """Raise ConfigError when what a new run is to start from is no such checkpoint; contents are verified later."""
+    weights, universal = config.checkpoint.initial_weights, config.checkpoint.initial_universal
+    if weights is not None and not any(Path(weights).glob("step_*/manifest.json")):
+        raise ConfigError(
+            f"checkpoint.initial_weights ({weights}) must be a folder with a checkpoint, step_*/manifest.json: name "
+            "the checkpoints folder of a run, or the --output of tools.convert.hf_to_megatron."
+        )
+    if universal is None:
+        return
+    if not ((Path(universal) / PROGRESS_FILE).is_file() and (Path(universal) / "zero").is_dir()):
+        raise ConfigError(
+            f"checkpoint.initial_universal ({universal}) must be a folder with {PROGRESS_FILE} and zero/: name the "
+            "--output_folder of deepspeed.checkpoint.ds_to_universal."
         )
 
 

@@ -31,6 +31,7 @@ from megatron_gdn.sections import Section, swiglu_sections
 from megatron_gdn.training.checkpoint import CheckpointError
 from megatron_gdn.training.restricted import UnsafeCheckpointError, named_global
 
+PROGRESS_FILE = "mp_rank_00_model_states.pt"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """States of AdamW that lie beside the weight, which is called fp32 there."""
 _VERSION = 0.4
@@ -127,7 +128,7 @@ def read_progress(folder: Path) -> dict[str, Any]:
         CheckpointError: not a universal checkpoint, or not one of this project's.
         UnsafeCheckpointError: the file names anything but tensors and plain values.
     """
-    path = folder / "mp_rank_00_model_states.pt"
+    path = folder / PROGRESS_FILE
     found = _read(path)
     names = ("schedule", "info")
     if not isinstance(found, dict) or not all(isinstance(found.get(name), dict) for name in names):

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -284,6 +285,55 @@ def test_wrong_data_is_refused_before_any_process_group(prefix, tmp_path):
     os.truncate(tmp_path / "cut.bin", 100)
     log = failure(runs.settings(tmp_path / "cut", tmp_path / "run3"))
     assert "cut.bin has 100 bytes and its index says" in log and "init_process_group" not in log
+
+
+WEIGHTS = (
+    "must be a folder with a checkpoint, step_*/manifest.json: name the checkpoints folder of a run, or the "
+    "--output of tools.convert.hf_to_megatron."
+)
+UNIVERSAL = (
+    "must be a folder with mp_rank_00_model_states.pt and zero/: name the --output_folder of "
+    "deepspeed.checkpoint.ds_to_universal."
+)
+
+
+@pytest.mark.parametrize(
+    "setting, files, message",
+    [
+        ("initial_weights", None, WEIGHTS),
+        ("initial_weights", "step_00000004/info.json", WEIGHTS),
+        ("initial_weights", "checkpoints/step_00000004/manifest.json", WEIGHTS),
+        ("initial_weights", "step_00000004/manifest.json", None),
+        ("initial_universal", None, UNIVERSAL),
+        ("initial_universal", "mp_rank_00_model_states.pt", UNIVERSAL),
+        ("initial_universal", "zero/a/fp32.pt", UNIVERSAL),
+        ("initial_universal", "mp_rank_00_model_states.pt zero/a/fp32.pt", None),
+    ],
+)
+def test_start_from_what_is_no_checkpoint(prefix, tmp_path, setting, files, message):
+    """Nothing there, a folder above the right one, one that is not converted yet."""
+    from megatron_gdn.training.loop import check_initial
+
+    start = tmp_path / "start"
+    for name in (files or "").split():
+        (start / name).parent.mkdir(parents=True, exist_ok=True)
+        (start / name).touch()
+    engine = {"name": "deepspeed" if setting == "initial_universal" else "megatron"}
+    config = parse_config(runs.settings(prefix, tmp_path / "run", engine=engine, checkpoint={setting: str(start)}))
+    with pytest.raises(ConfigError) if message else nullcontext() as found:
+        check_initial(config)
+    assert message is None or str(found.value) == f"checkpoint.{setting} ({start}) {message}"
+
+
+def test_start_from_nothing_is_refused_before_any_process_group(prefix, undisturbed, tmp_path):
+    """In a new run; one that goes on has weights of its own."""
+    gone = {"initial_weights": str(tmp_path / "gone")}
+    log = failure(runs.settings(prefix, tmp_path / "new", checkpoint=gone))
+    assert f"checkpoint.initial_weights ({tmp_path / 'gone'}) must be" in log and "processes on cpu" not in log
+    assert not (tmp_path / "new").exists()
+    shutil.copytree(undisturbed, tmp_path / "run")
+    log = runs.run(runs.settings(prefix, tmp_path / "run", checkpoint=gone), resume=True)
+    assert f"continues at step {STEPS}" in log and "processes on cpu" in log
 
 
 @pytest.mark.parametrize(

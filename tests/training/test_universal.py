@@ -384,6 +384,7 @@ def test_another_run_is_not_continued(tmp_path):
         )
     )
     folder = tmp_path / "a" / "deepspeed" / "step_00000001"  # before conversion it has the file of the progress
+    (folder / "zero").mkdir()
     values = dict(checkpoint={"initial_universal": str(folder)}, optimizer={"lr": 2e-2})
     error = failure(runs.settings(prefix, tmp_path / "b", **options, **values))
     assert "optimizer.lr: 0.01 in the checkpoint, 0.02 now" in error
