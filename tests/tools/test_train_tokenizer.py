@@ -53,6 +53,15 @@ def test_fields_of_tar_samples_are_those_of_lines(tmp_path):
     assert ours == theirs
 
 
+def test_too_long_a_line_names_no_option_of_another_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_tokenizer, "_MAX_DOCUMENT_BYTES", 1000)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "aaaa " * 500}) + "\n")
+    arguments = ["--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "tokenizer"), "--vocab-size", "300"]
+    assert train_tokenizer.main(arguments) == 1
+    expected = f"error: {tmp_path / 'a.jsonl'} line 1: longer than 0.001 MB: cut it into documents.\n"
+    assert capsys.readouterr().err == expected
+
+
 @pytest.mark.parametrize(
     "options, code, message",
     [

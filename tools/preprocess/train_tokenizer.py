@@ -10,6 +10,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+if __name__ == "__main__":
+    from megatron_gdn.interrupt import end_in_one_line
+
+    end_in_one_line()
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tools.preprocess.readers import DamagedError, UnitReader
@@ -52,7 +57,9 @@ def _texts(sources: list[Source], text_key: str, tar_field: str) -> Iterator[str
                 unit, text_key=text_key, tar_field=tar_field, max_document_bytes=_MAX_DOCUMENT_BYTES
             ):
                 if batch.problems:
-                    _, number, message = batch.problems[0]
+                    kind, number, message = batch.problems[0]
+                    if kind == "too_long":  # the reader's message names an option of tokenize_corpus
+                        message = f"longer than {_MAX_DOCUMENT_BYTES / 1e6:g} MB: cut it into documents."
                     raise InputError(f"{source.place(number)}: {message}")
                 yield from batch.texts
         except DamagedError as error:
