@@ -14,6 +14,11 @@ import logging
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    from megatron_gdn.interrupt import end_in_one_line
+
+    end_in_one_line()
+
 from megatron_gdn.config import ConfigError
 from megatron_gdn.training.evaluation import TASKS, finds_needle, loss_at_length, needle_samples
 from megatron_gdn.training.indexed import DatasetError, check_dataset

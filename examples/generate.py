@@ -12,6 +12,11 @@ import math
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    from megatron_gdn.interrupt import end_in_one_line
+
+    end_in_one_line()
+
 import torch
 from torch import Tensor
 

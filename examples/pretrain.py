@@ -11,6 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__":
+    from megatron_gdn.interrupt import end_in_one_line
+
+    # Before the first step; then it saves and ends, and a second one forces.
+    end_in_one_line("error: stopped by Control-C: what no checkpoint has is lost")
+
 from megatron_gdn.config import Config, ConfigError, DataConfig, check_world, dump_config, load_config
 from megatron_gdn.config.entries import split_weights
 from megatron_gdn.training.setup import ignore_host_warnings
@@ -117,8 +123,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:  # before the first step; then it saves and ends, and a second one forces
-        print("error: stopped by Control-C: what no checkpoint has is lost", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(main())

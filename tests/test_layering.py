@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # From the bottom up; a part imports only parts above it in this list, and itself.
 LAYERS = [
-    {"version", "optional"},
+    {"version", "optional", "interrupt"},
     {"kernels"},
     {"parallel"},
     {"sections", "documents", "norms"},

@@ -14,6 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    from megatron_gdn.interrupt import end_in_one_line
+
+    end_in_one_line()
+
 from tools.convert.conversion import DTYPES
 from tools.convert.errors import ConvertError
 from tools.convert.formats import read_architecture, read_folder_config

@@ -14,6 +14,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    from megatron_gdn.interrupt import end_in_one_line
+
+    end_in_one_line()
+
 import torch
 
 from megatron_gdn.training.restricted import UnsafeCheckpointError, read_metadata

@@ -13,6 +13,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+if __name__ == "__main__":
+    from megatron_gdn.interrupt import end_in_one_line
+
+    end_in_one_line()
+
 from megatron_gdn.config import ConfigError, load_config
 from megatron_gdn.training.restricted import UnsafeCheckpointError
 from tools.convert import fla

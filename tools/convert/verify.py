@@ -18,6 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+if __name__ == "__main__":
+    from megatron_gdn.interrupt import end_in_one_line
+
+    end_in_one_line()
+
 import torch
 from torch import Tensor
 

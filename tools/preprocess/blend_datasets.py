@@ -13,6 +13,11 @@ import os
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    from megatron_gdn.interrupt import end_in_one_line
+
+    end_in_one_line()
+
 from megatron_gdn.training.indexed import DatasetError
 from tools.preprocess.merge_datasets import open_datasets
 from tools.preprocess.sources import ArgumentError

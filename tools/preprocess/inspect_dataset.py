@@ -12,6 +12,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+if __name__ == "__main__":
+    from megatron_gdn.interrupt import end_in_one_line
+
+    end_in_one_line()
+
 import numpy as np
 
 from megatron_gdn.training.indexed import DatasetError, IndexedFiles, check_dataset

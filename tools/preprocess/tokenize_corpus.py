@@ -24,6 +24,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    from megatron_gdn.interrupt import end_in_one_line
+
+    end_in_one_line("stopped: the same command goes on from here")
+
 from tqdm import tqdm
 
 from megatron_gdn.training.indexed import DatasetError, check_dataset
@@ -394,9 +399,6 @@ def main(argv: list[str] | None = None) -> int:
     except (ArgumentError, InputError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ArgumentError | ImportError) else 1
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from here", file=sys.stderr)
-        return 130
     for manifest in manifests:
         skipped = f", {manifest['skipped']} skipped" if manifest["skipped"] else ""
         print(f"{manifest['documents']} documents, {manifest['tokens']} tokens, {manifest['dtype']}{skipped}")
