@@ -442,6 +442,24 @@ def test_as_self_attention_of_a_transformer_layer():
     assert 0 < seen["alpha"][1] < seen["alpha"][2] < 1
 
 
+def observed(overrides):
+    """What an observer sees on all ranks, heads put together."""
+    layer, seen = mamba2_layer.build_layer(mamba2_layer.layer_config(**overrides)), {}
+    layer.observer = seen.update
+    with torch.no_grad():
+        layer(gdn_layer.inputs()[0])
+    return {name: gdn_layer.whole(x, 1 if name == "state" else 2) for name, x in seen.items()}
+
+
+def test_observer_sees_no_ghosts():
+    """Two heads and one beside a ghost, whose decay is not 0 and whose empty state would lower the mean."""
+    [expected] = pool(1).run(observed, THREE_HEADS, groups={})
+    assert expected["state"].shape[1] == 3
+    for found in pool(2).run(observed, THREE_HEADS, groups=dict(tensor_model_parallel_size=2)):
+        assert {name: x.shape for name, x in found.items()} == {name: x.shape for name, x in expected.items()}
+        assert_equal_results(found, expected)
+
+
 def build_with(**overrides):
     mamba2_layer.build_layer(mamba2_layer.layer_config(**overrides))
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.tools.texts import TEXTS, dataset_bytes, summary_of, tokenize
 from tests.tools.wds import read_shard, write_shard
-from tools.preprocess.readers import UnitReader
+from tools.preprocess.readers import DamagedError, UnitReader
 from tools.preprocess.sources import find_sources, plan_units
 
 
@@ -83,6 +83,20 @@ def test_missing_and_bad_fields(tokenizer, tmp_path, capsys):
     assert "a.tar sample 2: sample k1 has no field of --tar-field (txt); it has: cls" in capsys.readouterr().err
     assert tokenize(tmp_path / "a.tar", tokenizer, tmp_path / "out", "--on-error", "skip") == 0
     assert summary_of(tmp_path / "out")["skipped"] == {"not_utf8": 1, "wrong_key": 1}
+
+
+def test_an_archive_without_members_has_the_whole_mark_of_its_end(tmp_path):
+    """Two blocks of zeros; for tarfile one is enough."""
+    path = tmp_path / "a.tar"
+    tarfile.open(path, "w").close()
+    texts, problems, _ = read(path)
+    assert texts == [] and [problem.kind for problem in problems] == ["empty_file"]
+    path.write_bytes(bytes(2 * tarfile.BLOCKSIZE))
+    assert read(path)[0] == []
+    path.write_bytes(bytes(tarfile.BLOCKSIZE))
+    assert tarfile.open(path).getnames() == []
+    with pytest.raises(DamagedError, match="after record 0: it ends without the mark of its end"):
+        read(path)
 
 
 def test_nothing_is_unpickled(tokenizer, tmp_path):

@@ -1,5 +1,6 @@
 """Metrics survive kills, resumes and full disks: what is read back equals what was logged."""
 
+import contextlib
 import errno
 import io
 import itertools
@@ -13,13 +14,16 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from tensorboard.summary.writer import event_file_writer, record_writer
 
 from megatron_gdn.training import metrics
 from megatron_gdn.training.metrics import MetricWriter, ProgressLine, StepTimer, read_metrics
+from tests.ranks import pool
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +133,45 @@ def test_a_kill_loses_no_row_and_no_flushed_event(tmp_path):
         rows = read_metrics(tmp_path / name / "metrics.jsonl")
         assert [(row["step"], row["train/loss"]) for row in rows] == expected
     assert scalars(tmp_path / "flushed", "train/loss") == expected
+
+
+def what_a_save_finds(folder):
+    """Losses in TensorBoard's folder and files that are on the disk when a checkpoint begins to be written."""
+    from megatron_gdn.training.loop import Trainer
+
+    write, synced, found = record_writer.RecordWriter.write, [], []
+
+    def slowly(self, data):
+        time.sleep(0.02)
+        write(self, data)
+
+    def save(store, config):
+        found.extend([scalars(folder, "train/loss"), list(synced)])
+
+    trainer = SimpleNamespace(
+        timer=contextlib.nullcontext,
+        engine=SimpleNamespace(sync_parameters=lambda: None),
+        state=SimpleNamespace(save=save),
+        store=None,
+        config=None,
+    )
+    with (
+        mock.patch.object(record_writer.RecordWriter, "write", slowly),
+        mock.patch.object(metrics, "_sync", lambda path: synced.append(path.name)),
+        MetricWriter(folder, resume_step=None) as writer,
+    ):
+        for step in range(1, 6):
+            writer.log(step, {"train/loss": loss_at(step)})
+        synced.clear()
+        Trainer._save(trainer, writer)
+    return found
+
+
+def test_a_checkpoint_never_knows_steps_that_the_metrics_lost(tmp_path):
+    """TensorBoard's thread is behind, and what is written may be in the memory of a machine that stops."""
+    [(shown, synced)] = pool(1).run(what_a_save_finds, tmp_path, groups=None)
+    assert shown == [(step, loss_at(step)) for step in range(1, 6)]
+    assert synced == ["metrics.jsonl"]
 
 
 def test_the_repair_is_all_or_nothing(tmp_path, monkeypatch):
