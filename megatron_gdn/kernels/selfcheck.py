@@ -118,6 +118,8 @@ def _rule(
 
     def call(function, documents, q, k, v, **gates):
         options = {} if function is recurrent_gated_delta_rule_ref else dict(backend=backend)
+        if function is chunk_gated_delta_rule:
+            options["allow_neg_eigval"] = beta_max > 1
         o, state = function(
             q,
             k,

@@ -40,6 +40,19 @@ def test_sums_that_cancel_are_measured_by_what_the_kernel_adds():
     assert selfcheck.run_check(check)[2] == []
 
 
+def test_beta_to_2_is_checked_with_the_kernels_that_serve_it(monkeypatch):
+    seen, right = [], selfcheck.chunk_gated_delta_rule
+
+    def rule(*tokens, beta, allow_neg_eigval, **options):
+        seen.append((beta.max().item() > 1, allow_neg_eigval))
+        return right(*tokens, beta=beta, allow_neg_eigval=allow_neg_eigval, **options)
+
+    monkeypatch.setattr(selfcheck, "chunk_gated_delta_rule", rule)
+    for check in selfcheck.rule_checks(torch.device("cpu"), "torch", quick=True):
+        check.function(**check.inputs)
+    assert set(seen) == {(False, False), (True, True)}
+
+
 def test_unknown_backends_and_devices_are_errors(capsys):
     assert selfcheck.main(["--device", "cpu", "--backend", "cuda"]) == 2
     assert "backend (cuda) must be one of" in capsys.readouterr().err
