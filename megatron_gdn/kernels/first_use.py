@@ -216,7 +216,8 @@ def _compare(
     if on_gpu and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"the first use of {what} must not be captured in a CUDA graph: run the layer once before.")
     logger.info("trying the kernels of %s, as Triton %s has unproven faults here", what, triton.__version__)
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    # Leaving inference mode also turns gradients on.
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         expected = reference()
         try:
             found, again = ours(), ours()

@@ -59,6 +59,14 @@ def test_triton_needs_a_gpu_or_its_interpreter(compiled):
     assert resolve_backend("auto", CPU) == "torch"
 
 
+def test_gpus_that_are_too_old_are_refused(monkeypatch, compiled):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(
+        ValueError, match=r"device \(cuda:0\) has capability 7.5 and the kernels need 8.0: use backend 'torch'"
+    ):
+        resolve_backend("auto", CUDA)
+
+
 @pytest.mark.parametrize("requested", ["triton", "auto"])
 def test_missing_triton_is_an_error_and_not_a_slower_run(monkeypatch, requested):
     monkeypatch.setattr(backend, "find_spec", lambda name: None)

@@ -1,6 +1,7 @@
 """Where Triton's faults are unproven, kernels are tried before their first results are used; in the interpreter."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,6 +151,87 @@ def test_public_functions_try_their_kernels_first(unproven, monkeypatch, name):
     CALLS[name]()
     CALLS[name]()
     assert len(tried) == 2 and tried[0] == tried[1]
+
+
+class Tried(Exception):
+    """In place of a trial: its arguments."""
+
+
+def tried(monkeypatch, call) -> tuple:
+    def stop(faults, device, *arguments):
+        raise Tried(*arguments)
+
+    for name in ("_try_rule", "_try_ssd"):
+        monkeypatch.setattr(first_use, name, stop)
+    with pytest.raises(Tried) as caught:
+        call()
+    return caught.value.args
+
+
+@pytest.mark.parametrize("l2norm, negative, has_state", [(True, False, True), (False, True, False)])
+def test_the_rule_is_tried_as_it_is_called(unproven, monkeypatch, l2norm, negative, has_state):
+    """Each of these makes another binary, which may be wrong while the others are right."""
+    inputs = {
+        n: x.to(torch.bfloat16 if n in "qkv" else torch.float32) for n, x in rule_inputs(1, 5, 1, 2, 16, 8).items()
+    }
+    tokens, gates = [inputs[n] for n in "qkv"], dict(g=inputs["g"], beta=inputs["beta"])
+    options = dict(use_qk_l2norm_in_kernel=l2norm, allow_neg_eigval=negative)
+    state, eps = inputs["initial_state"] if has_state else None, 1e-6 if l2norm else None
+    found = tried(
+        monkeypatch,
+        lambda: chunk_gated_delta_rule(*tokens, **gates, **options, initial_state=state, backend="triton"),
+    )
+    assert found == (torch.bfloat16, (1, 2), (16, 8), has_state, eps, negative, False, False)
+    mixed, gates, conv, norm = (torch.zeros(shape) for shape in ((1, 5, 64), (1, 5, 2), (48, 4), 8))
+    options = dict(conv_weight=conv, norm_weight=norm, use_qk_l2norm=l2norm, allow_neg_eigval=negative)
+    found = tried(
+        monkeypatch,
+        lambda: gated_delta_mixer(
+            mixed, gates, num_key_heads=1, num_value_heads=2, key_head_dim=16, backend="triton", **options
+        ),
+    )
+    # The norms come from the kernel before.
+    assert found == (torch.float32, (1, 2), (16, 8), False, eps, negative, l2norm, False)
+
+
+@pytest.mark.parametrize("has_D, has_state", [(True, False), (False, True)])
+def test_the_state_space_op_is_tried_as_it_is_called(unproven, monkeypatch, has_D, has_state):
+    x, B, D, state = (torch.randn(shape) for shape in ((1, 5, 4, 12), (1, 5, 2, 16), 4, (1, 4, 16, 12)))
+    options = dict(D=D if has_D else None, initial_state=state if has_state else None, backend="triton")
+    found = tried(monkeypatch, lambda: ssd(x, dt=torch.rand(1, 5, 4), A=-torch.rand(4), B=B, C=B, **options))
+    assert found == (torch.float32, (2, 4), (16, 12), has_D, has_state)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_first_use_may_be_in_evaluation(unproven, mode):
+    """The trial takes gradients all the same."""
+    with mode():
+        call_rule()
+
+
+def test_a_trial_has_as_many_blocks_as_asked_for(monkeypatch):
+    """Some faults came with a thousand blocks at once only. 130 tokens are three chunks."""
+    monkeypatch.setattr(first_use, "NUM_TOKENS", 130)
+
+    def stop_rule(q, k, v, *_, **__):
+        raise Tried(v.shape)
+
+    def stop_ssd(x, *_):
+        raise Tried(x.shape)
+
+    monkeypatch.setattr(triton_chunk, "run_forward", stop_rule)
+    monkeypatch.setattr(triton_ssd, "TritonSSD", SimpleNamespace(apply=stop_ssd))
+    for wanted in (12, 100):
+        monkeypatch.setattr(first_use, "BLOCKS", wanted)
+        for heads in ((1, 2), (2, 4)):
+            for attempt in (
+                lambda heads=heads: try_rule(heads=heads),
+                lambda heads=heads: first_use._try_ssd(FAULTS, CPU, torch.float32, heads, (16, 12), True, True),
+            ):
+                with pytest.raises(Tried) as caught:
+                    attempt()
+                rows, _, num_heads, _ = caught.value.args[0]
+                assert num_heads == heads[1] and wanted <= 3 * rows * num_heads < wanted + 3 * num_heads
 
 
 def test_nothing_is_tried_without_a_reason(monkeypatch):

@@ -1,5 +1,8 @@
 """The chunked gated delta rule against the recurrence in float64, its own properties, and its precision."""
 
+import sys
+from types import ModuleType, SimpleNamespace
+
 import pytest
 import torch
 
@@ -377,6 +380,26 @@ def test_errors(message, function):
     positional, keywords = broken(**ERRORS[message])
     with pytest.raises(ValueError, match=message):
         function(*positional, **keywords)
+
+
+def test_fla_is_given_documents_and_options(monkeypatch):
+    """In place of the package a function with its arguments; to it the bounds are int64."""
+
+    def theirs(q, k, v, *, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens):
+        assert cu_seqlens.dtype == torch.int64
+        options = dict(scale=scale, initial_state=initial_state, output_final_state=output_final_state)
+        options |= dict(use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens)
+        return recurrent_gated_delta_rule_ref(q, k, v, g=g, beta=beta, **options)
+
+    monkeypatch.setattr("megatron_gdn.kernels.backend.find_spec", lambda name: name)
+    for name in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", SimpleNamespace(chunk_gated_delta_rule=theirs))
+    inputs, lengths = rule_inputs(1, 9, 1, 2, 8, 12, num_states=3), (4, 0, 5)
+    for options in (dict(scale=0.3), dict(use_qk_l2norm_in_kernel=True)):
+        found = run(chunk_gated_delta_rule, inputs, cu_seqlens=bounds(*lengths).int(), backend="fla", **options)
+        expected = run(recurrent_gated_delta_rule_ref, inputs, cu_seqlens=bounds(*lengths), **options)
+        assert_equal(found, expected, forward=0.0, backward=0.0)
 
 
 def test_options_that_a_backend_does_not_have_are_refused():

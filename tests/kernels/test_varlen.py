@@ -64,6 +64,13 @@ def test_chunks_by_sequence(lengths):
     assert table.first_chunk.tolist() == [sum(m < n for m in numbers) for n in range(len(lengths) + 1)]
 
 
+def test_a_selection_has_the_order_that_is_asked_for():
+    table = prepare_chunk_table(bounds(5, 70))
+    turned = table.select([1, 0])
+    assert turned.lengths == [70, 5] and turned.chunk_bounds.tolist() == [[5, 69], [69, 75], [0, 5]]
+    assert table.select([0, 1]) is table
+
+
 def test_batch_of_whole_chunks_is_read_without_a_copy():
     x = torch.randn(2, 128, 3)
     table = table_of_batch(x, None)

@@ -216,3 +216,21 @@ def refusal(name, T, layout, **options):
         traffic(name, T, layout, None, **options)
     except ValueError as error:
         return str(error)
+
+
+def trial(T) -> tuple:
+    """What the kernels of the rule are tried for before their first use between ranks."""
+    from unittest import mock
+
+    from megatron_gdn.kernels import first_use
+
+    group = parallel_state.get_context_parallel_group()
+    inputs = {name: x.float() for name, x in gated_delta_inputs(1, T).items()}
+    fragments = prepare_fragments(T, layout="contiguous", group=group)
+    mine = {name: fragments.local(x) for name, x in inputs.items()}
+    with mock.patch.object(first_use, "check_rule", side_effect=InterruptedError) as tried:
+        try:
+            gated_delta(**mine, fragments=fragments, backend="triton", allow_neg_eigval=True)
+        except InterruptedError:
+            (_, heads, sizes, setting), options = tried.call_args
+            return heads, sizes, setting.negative_eigenvalues, setting.l2norm_eps, options

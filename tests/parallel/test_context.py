@@ -151,3 +151,9 @@ def test_documents_that_end_at_the_edges_send_nothing():
 def test_what_cannot_be_exchanged_is_refused(arguments, options, message):
     for found in pool(4).run(context_operators.refusal, *arguments, groups=dict(context_parallel_size=4), **options):
         assert re.match(message, found), found
+
+
+def test_kernels_are_tried_with_those_of_context_parallelism():
+    """Where Triton's faults are unproven; a wrong map of a fragment shows in no output of one rank."""
+    for found in pool(2).run(context_operators.trial, T, groups=dict(context_parallel_size=2)):
+        assert found == ((1, 2), (8, 6), True, None, dict(has_state=True, maps=True))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_gdn.kernels import fused_recurrent_gated_delta_rule
 from megatron_gdn.kernels.gated_delta_rule.recurrent import recurrent
 from megatron_gdn.kernels.gated_delta_rule.reference import recurrent_gated_delta_rule_ref
 from megatron_gdn.kernels.varlen import table_of_batch
@@ -79,6 +80,26 @@ def test_state_pool_in_place(dtype):
     o, state = decode(inputs, in_place=True, output_final_state=False)
     assert state is pool and pool.data_ptr() == address and torch.equal(o, untouched[0])
     check((o, state), expected, 2)
+
+
+@pytest.mark.parametrize("l2norm, scale, in_place", [(True, None, True), (False, 0.3, False)])
+def test_public_function(l2norm, scale, in_place):
+    """What is not given is as everywhere: the scale of the head size, a new state."""
+    inputs = cast(rule_inputs(2, 3, 1, 2, 16, 20), torch.float32)
+    options = dict(scale=scale, use_qk_l2norm_in_kernel=l2norm, output_final_state=True)
+    wide = {name: x.double() for name, x in inputs.items()}
+    expected = recurrent_gated_delta_rule_ref(
+        *(wide[n] for n in "qkv"), **{n: wide[n] for n in NAMES[3:]}, **options | dict(scale=scale or 0.25)
+    )
+    found = fused_recurrent_gated_delta_rule(
+        *(inputs[n] for n in "qkv"),
+        **{n: inputs[n] for n in NAMES[3:]},
+        **options,
+        update_state=in_place,
+        backend="triton",
+    )
+    assert (found[1] is inputs["initial_state"]) == in_place
+    check(found, expected, 3)
 
 
 def test_gates_of_any_size():

@@ -220,6 +220,14 @@ def test_errors_of_decoding(message):
         causal_conv1d_update(**(dict(x=X, state=STATE, weight=WEIGHT, backend="triton") | UPDATE_ERRORS[message]))
 
 
+@pytest.mark.parametrize("name", ["x", "state", "weight", "bias"])
+def test_decoding_refuses_every_gradient(name):
+    arguments = dict(x=X, state=STATE.clone(), weight=WEIGHT, bias=torch.zeros(6))
+    arguments[name] = arguments[name].clone().requires_grad_()
+    with pytest.raises(ValueError, match="has no gradients and an input requires them"):
+        causal_conv1d_update(**arguments)
+
+
 ERRORS = {
     r"x \(torch.float64\) must be float32, bfloat16 or float16 for backend triton: use": dict(x=X[None].double()),
     r"width \(5\) must be 2, 3 or 4 for backend triton: use backend 'torch'": dict(weight=torch.zeros(6, 5)),

@@ -282,3 +282,12 @@ def test_what_the_kernels_do_not_take(sizes, dtype, message):
     inputs = {name: t.to(dtype) for name, t in ssd_inputs(1, 3, 1, 1, *sizes).items()}
     with pytest.raises(ValueError, match=message):
         call(triton_ssd, inputs)
+
+
+@pytest.mark.parametrize("name", ["dt", "A", "D", "initial_state"])
+def test_float64_is_refused_in_every_tensor(name):
+    x, B = torch.randn(1, 3, 2, 12), torch.randn(1, 3, 1, 16)
+    tensors = dict(dt=torch.rand(1, 3, 2), A=-torch.rand(2), D=torch.rand(2), initial_state=torch.rand(1, 2, 16, 12))
+    tensors[name] = tensors[name].double()
+    with pytest.raises(ValueError, match=rf"{name} \(torch.float64\) must be float32, bfloat16 or float16 for backend"):
+        ssd(x, **tensors, B=B, C=B, backend="triton")
