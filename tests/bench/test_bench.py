@@ -197,6 +197,32 @@ def test_tuner_checks_the_kernel_of_context_parallelism(monkeypatch, dtype):
     with pytest.raises(AssertionError, match="S: relative error"):
         tune.check(row, tune.MAPS, shape, torch.device("cpu"))
 
+    runs = []
+
+    def race(*args, **options):
+        runs.append(None)
+        return tuple(x * (1 + 1e-6 * len(runs)) for x in right(*args, **options))
+
+    monkeypatch.setattr(stretch_triton, "affine_maps", race)
+    with pytest.raises(AssertionError, match="M: two runs differ"):
+        tune.check(row, tune.MAPS, shape, torch.device("cpu"))
+
+
+def test_each_row_is_timed_with_its_own_pass():
+    shape, device = RuleShape(B=1, T=20, H=1, HV=2, K=16, V=16, dtype="float32"), torch.device("cpu")
+    _, reference, tensors = tune.operator_call("l2norm", device, torch.float32, shape)
+    y = reference(*tensors)
+    torch.testing.assert_close(tune.to_time("l2norm_forward", "l2norm", shape, device)(), y)
+    [grad] = tune.to_time("l2norm_backward", "l2norm", shape, device)()
+    torch.testing.assert_close(grad, torch.autograd.grad(y, tensors, torch.ones_like(y))[0])
+
+
+def test_a_launch_that_fails_in_its_process_is_refused():
+    """Here for want of a GPU."""
+    [shape_name, *_], launch = RULE_GPU, dict(num_warps=4, num_stages=1, BLOCK_R=8, BLOCK_D=128)
+    problem = tune.check_apart("l2norm_forward", "l2norm", launch, shape_name, "bfloat16")
+    assert problem == "tuning needs a CUDA device and TRITON_INTERPRET=0."
+
 
 def test_tuning_ranks_and_refuses(monkeypatch, capsys):
     """On the interpreter: a launch that gives wrong results is refused, the fastest right one is proposed."""
