@@ -164,7 +164,6 @@ def decoder_spec(
     model: ModelConfig,
     *,
     fp8: FP8Config | None = None,
-    vp_stage: int | None = None,
     state_exchange: str = "all_gather",
 ) -> TransformerBlockSubmodules:
     """Specs of the layers that this pipeline stage holds.
@@ -172,7 +171,6 @@ def decoder_spec(
     Args:
         config: its `num_layers` is the number of mixers in the pattern.
         model, fp8: sections of the run's configuration.
-        vp_stage: virtual pipeline stage.
         state_exchange: between context-parallel ranks, "all_gather" or "scan".
 
     Raises:
@@ -184,8 +182,8 @@ def decoder_spec(
             f"num_layers ({config.num_layers}) must be the number of mixers in the pattern ({len(layers)}): "
             f"set num_layers to {len(layers)}."
         )
-    start = get_transformer_layer_offset(config, vp_stage=vp_stage)
-    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    start = get_transformer_layer_offset(config)
+    count = get_num_layers_to_build(config)
     return TransformerBlockSubmodules(
         layer_specs=[
             layer_spec(i + 1, layers[i], model, fp8, state_exchange=state_exchange) for i in range(start, start + count)

@@ -119,9 +119,6 @@ def build_model(
     max_sequence_length: int,
     seed: int | None,
     fp8: FP8Config | None = None,
-    pre_process: bool | None = None,
-    post_process: bool | None = None,
-    vp_stage: int | None = None,
     state_exchange: str = "all_gather",
 ) -> GPTModel:
     """The pipeline stage of this rank, with weights that depend on the seed and not on the layout.
@@ -133,27 +130,20 @@ def build_model(
         max_sequence_length: tokens.
         fp8: section of the run's configuration.
         seed: seed of the weights; None leaves them as they are allocated, as on the meta device.
-        pre_process, post_process: whether the stage has the embedding and the output; None asks the pipeline groups.
-        vp_stage: virtual pipeline stage.
         state_exchange: between context-parallel ranks, "all_gather" or "scan".
 
     Returns:
         The model on this rank's device; needs Megatron's process groups.
     """
-    if pre_process is None:
-        pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
-    if post_process is None:
-        post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     gpt = GPTModel(
         config,
-        decoder_spec(config, model, fp8=fp8, vp_stage=vp_stage, state_exchange=state_exchange),
+        decoder_spec(config, model, fp8=fp8, state_exchange=state_exchange),
         vocab_size=vocab_size,
         max_sequence_length=max_sequence_length,
-        pre_process=pre_process,
-        post_process=post_process,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=model.tie_embeddings,
         position_embedding_type="none",  # attention layers have their own
-        vp_stage=vp_stage,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
     if seed is not None:

@@ -34,7 +34,7 @@ def logits(model: ModelConfig, weights: dict[str, Tensor], tokens: Tensor) -> Te
         options = replace(options, **model.attention_layers.get(layer + 1, {}))
         x = x + {"G": gated_delta_net, "M": mamba2, "S": attention, "*": attention}[symbol](h, own, model, options)
     x = norm(x, "decoder.final_layernorm.weight")
-    return x @ weights["output_layer.weight"].T
+    return x @ weights["embedding.word_embeddings.weight" if model.tie_embeddings else "output_layer.weight"].T
 
 
 def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -55,9 +55,10 @@ def gated_delta_net(h: Tensor, w: dict[str, Tensor], model: ModelConfig, _) -> T
         return x.unflatten(-1, (-1, size))
 
     q, k = (heads(name).repeat_interleave(group, 2) for name in ("query", "key"))
-    q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
-    v, z = heads("value"), heads("z", convolved=False)
-    beta = (h @ w["in_proj.weight.beta"].T).sigmoid()
+    if model.use_qk_l2norm:
+        q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+    v = heads("value")
+    beta = (h @ w["in_proj.weight.beta"].T).sigmoid() * (2 if model.allow_neg_eigval else 1)
     alpha = torch.ones_like(beta)
     if model.use_decay:
         dt = F.softplus(h @ w["in_proj.weight.alpha"].T + w["dt_bias"])
@@ -70,7 +71,9 @@ def gated_delta_net(h: Tensor, w: dict[str, Tensor], model: ModelConfig, _) -> T
         S = S + torch.einsum("bhk,bhv->bhkv", k[:, t], error * beta[:, t, :, None])
         outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], S) / math.sqrt(q.shape[3]))
     o = torch.stack(outputs, 1)
-    o = o * (o.square().mean(-1, keepdim=True) + model.norm_epsilon).rsqrt() * w["out_norm.weight"] * F.silu(z)
+    o = o * (o.square().mean(-1, keepdim=True) + model.norm_epsilon).rsqrt() * w["out_norm.weight"]
+    if model.use_output_gate:
+        o = o * F.silu(heads("z", convolved=False))
     return o.flatten(2) @ w["out_proj.weight"].T
 
 

@@ -10,7 +10,13 @@ from tests.training.test_engine import VOCABULARY, compare, run_config, sample, 
 MAMBA = dict(mamba_num_heads=4, mamba_head_dim=8, mamba_state_dim=12)
 PATTERNS = {
     "H1": dict(pattern="G-S-", sliding_attention=dict(window=20)),
-    "H2": dict(pattern="M-G-S-", sliding_attention=dict(window=20, rope=False), **MAMBA),
+    "H2": dict(
+        pattern="M-G-S-",
+        sliding_attention=dict(window=20, rope=False),
+        linear_conv_kernel_dim=3,
+        norm_epsilon=1e-3,
+        **MAMBA,
+    ),
     "3:1": dict(
         pattern="G-G-G-*-",
         kv_channels=16,
@@ -26,8 +32,11 @@ PATTERNS = {
             5: dict(qk_norm=True),
         },
     ),
-    "Transformer++": dict(pattern="*-*-"),
+    "Transformer++": dict(pattern="*-*-", tie_embeddings=True),
     "DeltaNet": dict(pattern="G-", use_decay=False),
+    "no gate, no norm of keys, beta to 2": dict(
+        pattern="G-", allow_neg_eigval=True, use_output_gate=False, use_qk_l2norm=False
+    ),
     "no MLP": dict(pattern="MG*", mamba_num_groups=2, **MAMBA),
 }
 
@@ -54,6 +63,8 @@ def logits_and_weights(model: dict):
 @pytest.mark.parametrize("name", PATTERNS)
 def test_logits_are_those_of_a_plain_model(name):
     [(model, tokens, logits, weights)] = pool(1).run(logits_and_weights, PATTERNS[name], groups={})
+    widths = {weight.shape[-1] for key, weight in weights.items() if "conv1d.weight" in key}
+    assert widths <= {model.linear_conv_kernel_dim}  # the plain model takes them as they are
     expected = plain.logits(model, {key: x.double() for key, x in weights.items()}, tokens)
     assert expected.std() > 0.1
     # float32 against float64 over a few layers, logits of size 1.
@@ -69,6 +80,7 @@ def test_logits_are_those_of_a_plain_model(name):
         ("layers differ", dict(tensor=2, sequence=True)),
         ("layers differ", dict(pipeline=2, pipeline_layers=[4, 1])),
         ("no MLP", dict(tensor=2)),
+        ("Transformer++", dict(pipeline=2)),  # whose one embedding is on both stages
     ],
     ids=str,
 )

@@ -135,6 +135,15 @@ def test_models_of_the_specs_are_the_plain_ones(name, layout):
         assert (logits - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
+def windows(name: str):
+    return [layer.self_attention.config.window_size for layer in build(name, window_size=None).decoder.layers]
+
+
+def test_without_a_window_it_is_the_papers():
+    [found] = pool(1).run(windows, "gdn_h1", groups={})
+    assert found == [None, (2047, 0)] * (LAYERS // 2)
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [

@@ -25,6 +25,10 @@ def test_expansion(pattern, expanded):
     assert symbols(pattern) == expanded
 
 
+def test_the_longest_pattern():
+    assert symbols("(G-)x10000") == "G-" * 10_000
+
+
 @pytest.mark.parametrize(
     "pattern, message",
     [
