@@ -14,11 +14,12 @@ import tempfile
 import traceback
 from collections.abc import Callable
 
-from tests.training.runs import CONTEXT
+from tests.training.runs import CONTEXT, let_signals_through
 
 
 def _serve(rank: int, world_size: int, store: str, pipe) -> None:
     os.environ.update(TORCHDYNAMO_DISABLE="1", OMP_NUM_THREADS="1", CUDA_DEVICE_MAX_CONNECTIONS="1")
+    let_signals_through()
     import torch
 
     torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -70,7 +71,13 @@ def settings(prefix: Path, output_dir: Path, **sections) -> dict:
     return {name: base.get(name, {}) | sections.get(name, {}) for name in base.keys() | sections.keys()}
 
 
+def let_signals_through() -> None:
+    """For a new process: a server that preprocessing started in the same test session forks with SIGINT blocked."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def _train(values: dict, resume: bool, environment: dict, log: Path) -> None:
+    let_signals_through()
     os.environ.update(environment, OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")
     torch.set_num_threads(1)
     stream = open(log, "a")  # noqa: SIM115 - lives as long as the process
