@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.texts import TEXTS, dataset_bytes, json_lines, manifest_of, summary_of, tokenize
+from tests.tools.texts import TEXTS, dataset_bytes, json_lines, manifest_of, specification_of, summary_of, tokenize
 from tools.preprocess import executors, shards, tokenize_corpus
 
 ROOT = Path(__file__).parents[2]
@@ -204,21 +204,9 @@ def _end_at_once() -> None:
 
 def test_same_unit_by_two_processes(corpus, tokenizer, tmp_path):
     """As a scheduler does that takes a task for lost: the second writes its own files and both give the same."""
-    from tools.preprocess.libraries import open_tokenizer
     from tools.preprocess.sources import find_sources, plan_units
 
-    reference = open_tokenizer(str(tokenizer))
-    specification = shards.Specification(
-        tokenizer=str(tokenizer),
-        tokenizer_sha256=reference.sha256,
-        vocab_size=reference.vocab_size,
-        engine="tokenizers",
-        text_key="text",
-        tar_field="txt",
-        eod_id=0,
-        special_in_text="error",
-        max_document_bytes=10**6,
-    )
+    specification = specification_of(tokenizer)
     (unit,) = plan_units(find_sources([str(corpus)]), 10**9)
     records = []
     for name in ("a", "b"):

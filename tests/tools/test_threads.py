@@ -8,29 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.tools.texts import TEXTS, json_lines
+from tests.tools.texts import TEXTS, json_lines, specification_of
 from tools.preprocess import readers, shards
 from tools.preprocess.executors import Local, divide_workers
 from tools.preprocess.libraries import HuggingFaceTokenizer, open_tokenizer
 from tools.preprocess.readers import Batch, Problem
-from tools.preprocess.shards import Specification, tokenize_unit
+from tools.preprocess.shards import tokenize_unit
 from tools.preprocess.sources import find_sources, plan_units
-
-
-def specification_of(tokenizer, **changes) -> Specification:
-    opened = open_tokenizer(str(tokenizer))
-    facts = dict(
-        tokenizer=str(tokenizer),
-        tokenizer_sha256=opened.sha256,
-        vocab_size=opened.vocab_size,
-        engine="tokenizers",
-        text_key="text",
-        tar_field="txt",
-        eod_id=0,
-        special_in_text="error",
-        max_document_bytes=3000,
-    )
-    return Specification(**facts | changes)
 
 
 def lines_with_problems() -> bytes:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 from tools.preprocess import tokenize_corpus
+from tools.preprocess.libraries import open_tokenizer
+from tools.preprocess.shards import Specification
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.",
@@ -32,3 +34,20 @@ def summary_of(prefix) -> dict:
 
 def json_lines(texts) -> bytes:
     return "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def specification_of(tokenizer, **changes) -> Specification:
+    """Of the library `tokenizers`, with changes of fields."""
+    opened = open_tokenizer(str(tokenizer))
+    facts = dict(
+        tokenizer=str(tokenizer),
+        tokenizer_sha256=opened.sha256,
+        vocab_size=opened.vocab_size,
+        engine="tokenizers",
+        text_key="text",
+        tar_field="txt",
+        eod_id=0,
+        special_in_text="error",
+        max_document_bytes=3000,
+    )
+    return Specification(**facts | changes)

@@ -1,7 +1,7 @@
 """Who runs `tokenize_unit`: this process, a pool of processes, or tasks of a Ray cluster; the bytes are the same.
 
-A tokenizer's own library is run on several threads of a process: they share its tables and its cache, and two take less
-than half of the time of one, where two processes with tables of their own do not.
+A tokenizer's own library is run on several threads of a process, which share its tables and its cache: faster than as
+many processes with tables of their own (tools/preprocess/README.md).
 """
 
 import multiprocessing
