@@ -21,7 +21,7 @@ from tools.preprocess.sources import InputError, Unit
 
 # What a worker imports anyway.
 _IMPORTS = ["tools.preprocess.shards", "tools.preprocess.merge_datasets", "tqdm", "gigatoken", "orjson"]
-# Above that, threads begin to wait for Python's lock.
+# A cautious bound: threads hold Python's lock while ids become arrays. Two are measured.
 _MAX_THREADS = 4
 # Units under way per process, so that none waits and a failure stops soon.
 _AHEAD = 2
@@ -175,11 +175,8 @@ class RayCluster:
     same paths, and have this package.
     """
 
-    def start(self, engine: str) -> None:
-        """Nothing: a cluster's processes are there."""
-
     def prepare(self, specification: Specification) -> None:
-        """Nothing."""
+        """Nothing: a cluster's processes are there."""
 
     def run(self, units: list[Unit], specification: Specification, folder: Path) -> Results:
         """Position and record of each unit as they are done."""
